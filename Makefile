@@ -1,0 +1,51 @@
+# `make demo` and `make test` are all a newcomer needs; both first install what is missing.
+#
+#   PYTHON=python3.12   the interpreter that .venv is made from
+#   SCATTER=0           test without torch_scatter, whose first build takes minutes
+#   TEST_WORKERS=N      test processes; each computes on one thread
+#   PYTEST_ARGS=...     for instance PYTEST_ARGS="tests/metrics -x"
+
+PYTHON ?= python3
+VENV ?= .venv
+SCATTER ?= 1
+TEST_WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+INPUTS := setup.py pyproject.toml constraints.txt
+
+.PHONY: demo test lint scatter
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python -m launch.demo
+
+test: $(VENV)/.installed-test scatter lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+scatter: $(VENV)/.installed-test
+ifeq ($(SCATTER),0)
+	@echo "SCATTER=0: not building torch_scatter; its tests are skipped if it is missing"
+else
+	tools/build_scatter.sh $(BIN)/python
+endif
+
+# Stamps newer than the inputs make a second run skip pip.
+$(VENV)/.installed-demo: $(INPUTS) | $(BIN)/python
+	@echo "installing into $(VENV) (the first time takes minutes: torch is large)"
+	$(PIP) --editable '.[glyphs]'
+	@touch $@
+
+$(VENV)/.installed-test: $(INPUTS) | $(BIN)/python
+	@echo "installing into $(VENV) (the first time takes minutes: torch is large)"
+	$(PIP) --editable '.[glyphs,test]'
+	@touch $@
+
+$(BIN)/python:
+	tools/create_venv.sh $(PYTHON) $(VENV)

@@ -1,0 +1,278 @@
+"""Loaders: plan -> requests -> worker processes -> batches, in the plan's order.
+
+The main process plans and the workers read, decode and transform. Each request says everything
+about its batch, so the batches do not depend on the number of workers, and a run that continues at
+(epoch, batch) sees what it would have seen.
+"""
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from gcahng.data.batch_plan import EpochPlan
+from gcahng.data.dataset import (
+    Batch,
+    EvalImages,
+    Failure,
+    ImageSource,
+    OnError,
+    TrainImages,
+    TrainRequest,
+)
+from gcahng.data.decode import MAX_PIXELS
+from gcahng.data.plan import make_plan
+from gcahng.data.train_set import ClassTable
+from gcahng.data.transform_settings import TransformSettings
+from gcahng.errors import DataError, InputError
+
+__all__ = ["Batch", "EpochLoader", "EvalLoader", "TrainLoader", "eval_loader", "train_loader"]
+
+
+class TrainLoader:
+    """Batches of P classes x K samples, epoch after epoch, from one set of worker processes.
+
+    Args:
+        shards: Where encoded images come from.
+        table: Training classes.
+        seed: Seed of the run: decides plans, crops and flips.
+        num_classes: P.
+        num_samples: K.
+        transform: Transforms of training images.
+        sampler: Name or dotted path, see `gcahng.data.plan.make_plan`.
+        num_workers: Worker processes; 0 works in this process.
+        on_error: "fail" or "skip", see `gcahng.data.dataset.TrainImages`.
+        pin_memory: Put batches into page-locked memory (for copies to a CUDA device).
+        max_pixels: Limit of a decoded image.
+    Raises:
+        InputError: P, K or `num_workers` is impossible, or `on_error` has another value.
+        ConfigError: There is no such sampler.
+    """
+
+    def __init__(
+        self,
+        shards: ImageSource,
+        table: ClassTable,
+        *,
+        seed: int,
+        num_classes: int,
+        num_samples: int,
+        transform: TransformSettings,
+        sampler: str = "uniform",
+        num_workers: int = 0,
+        on_error: OnError = "fail",
+        pin_memory: bool = False,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        if on_error not in ("fail", "skip"):
+            raise InputError(f"`on_error` must be 'fail' or 'skip', got {on_error!r}. Choose one.")
+        self._table = table
+        self._plan_options: dict[str, Any] = {
+            "seed": seed,
+            "num_classes": num_classes,
+            "num_samples": num_samples,
+            "sampler": sampler,
+        }
+        self.plan(0)  # a fault of the arguments is found now, not in the first epoch
+        self._requests = _Requests()
+        images = TrainImages(shards, table, transform, seed, on_error, max_pixels)
+        self._loader = _data_loader(images, self._requests, num_workers, pin_memory)
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """The plan of an epoch."""
+        return make_plan(self._table, epoch=epoch, **self._plan_options)
+
+    def epoch_iterator(self, epoch: int, start_batch: int = 0) -> "EpochLoader":
+        """The batches of an epoch, from `start_batch` on.
+
+        One epoch at a time: it becomes invalid when the next one is begun.
+
+        Raises:
+            InputError: `start_batch` is not in 0..number of batches, or the epoch is negative.
+        """
+        plan = self.plan(epoch)
+        if not 0 <= start_batch <= len(plan):
+            raise InputError(
+                f"`start_batch` must be from 0 to {len(plan)}, got {start_batch}: epoch {epoch} "
+                "has no such batch. Check that data set and batch size are those of the checkpoint."
+            )
+        return EpochLoader(self, plan, epoch, start_batch)
+
+    def _run(self, plan: EpochPlan, epoch: int, start_batch: int) -> Iterator[Batch]:
+        self._requests.begin(plan, epoch, start_batch)
+        mine = self._requests.run
+        for answer in self._loader:
+            yield _unwrap(answer)
+            if self._requests.run != mine:
+                raise InputError(
+                    f"The iterator of epoch {epoch} is no longer valid: another one of the same "
+                    "TrainLoader was begun. Finish one before the next, or use two loaders."
+                )
+
+
+class EpochLoader:
+    """The rest of one epoch; iterate it once. `len` is the number of batches left at its start."""
+
+    def __init__(self, loader: TrainLoader, plan: EpochPlan, epoch: int, start_batch: int) -> None:
+        self._loader = loader
+        self._plan = plan
+        self._epoch = epoch
+        self._start_batch = start_batch
+
+    def __len__(self) -> int:
+        return len(self._plan) - self._start_batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._loader._run(self._plan, self._epoch, self._start_batch)
+
+
+def train_loader(
+    shards: ImageSource,
+    table: ClassTable,
+    *,
+    seed: int,
+    epoch: int,
+    start_batch: int = 0,
+    num_classes: int,
+    num_samples: int,
+    transform: TransformSettings,
+    sampler: str = "uniform",
+    num_workers: int = 0,
+    on_error: OnError = "fail",
+    pin_memory: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> EpochLoader:
+    """The batches of one epoch; `TrainLoader` keeps its workers over epochs.
+
+    Args: see `TrainLoader` and `TrainLoader.epoch_iterator`.
+    """
+    loader = TrainLoader(
+        shards,
+        table,
+        seed=seed,
+        num_classes=num_classes,
+        num_samples=num_samples,
+        transform=transform,
+        sampler=sampler,
+        num_workers=num_workers,
+        on_error=on_error,
+        pin_memory=pin_memory,
+        max_pixels=max_pixels,
+    )
+    return loader.epoch_iterator(epoch, start_batch)
+
+
+class EvalLoader:
+    """Every given row once, in order, as (images uint8 (b, 3, H, W), class ids (b,), rows (b,))."""
+
+    def __init__(self, loader: DataLoader[Any], num_batches: int) -> None:
+        self._loader = loader
+        self._num_batches = num_batches
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for answer in self._loader:
+            yield _unwrap(answer)
+
+
+def eval_loader(
+    shards: ImageSource,
+    rows: NDArray[np.int64],
+    *,
+    transform: TransformSettings,
+    batch_size: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> EvalLoader:
+    """Load `rows` for evaluation; an unreadable image is an error, since a result would be wrong.
+
+    Args:
+        shards: Where encoded images come from.
+        rows: Sample rows; the last batch holds what is left.
+        transform: Transforms; the evaluation part is used.
+        batch_size: Images per batch.
+        num_workers: Worker processes; 0 works in this process.
+        pin_memory: Put batches into page-locked memory.
+        max_pixels: Limit of a decoded image.
+    Raises:
+        InputError: `batch_size` or `num_workers` is impossible.
+    """
+    if batch_size < 1:
+        raise InputError(f"`batch_size` must be at least 1, got {batch_size}. Raise it.")
+    rows = np.asarray(rows, dtype=np.int64)
+    chunks = [rows[start : start + batch_size] for start in range(0, rows.size, batch_size)]
+    images = EvalImages(shards, transform, max_pixels)
+    return EvalLoader(
+        _data_loader(images, chunks, num_workers, pin_memory, keep=False), len(chunks)
+    )
+
+
+class _Requests:
+    """The requests of the epoch at hand: the sampler of torch's DataLoader."""
+
+    def __init__(self) -> None:
+        self.run = 0
+        self._epoch: tuple[EpochPlan, int, int] | None = None
+
+    def begin(self, plan: EpochPlan, epoch: int, start_batch: int) -> None:
+        self.run += 1
+        self._epoch = (plan, epoch, start_batch)
+
+    def __iter__(self) -> Iterator[TrainRequest]:
+        assert self._epoch is not None, "no epoch was begun"
+        plan, epoch, start_batch = self._epoch
+        for index in range(start_batch, len(plan)):
+            batch = plan.batch(index)
+            first = index * batch.rows.size
+            positions = np.arange(first, first + batch.rows.size).reshape(batch.rows.shape)
+            yield TrainRequest(epoch, batch.labels, batch.rows, positions)
+
+
+def _data_loader(
+    dataset: Any, requests: Any, num_workers: int, pin_memory: bool, keep: bool = True
+) -> DataLoader[Any]:
+    if num_workers < 0:
+        raise InputError(f"`num_workers` must be 0 or more, got {num_workers}. Raise it.")
+    # An item of the dataset is a whole batch already, so that one worker makes it and knows all of
+    # its samples; `batch_size=None` keeps torch from batching batches.
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=requests,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # torch seeds its workers from it, else from the global one
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        persistent_workers=keep and num_workers > 0,
+    )
+
+
+def _as_it_is(answer: Any) -> Any:
+    return answer
+
+
+def _start_worker(_: int) -> None:
+    """Leave signals to the main process.
+
+    Ctrl-C and a scheduler's SIGTERM reach the whole process group. The main process finishes its
+    step and saves, for which it needs its workers; they end with it: torch tells them to, and they
+    look every few seconds whether their parent lives.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _unwrap(answer: Any) -> Any:
+    if isinstance(answer, Failure):
+        raise DataError(answer.message)
+    return answer

@@ -1,0 +1,148 @@
+"""The trained parts of the graph network: one node block and one edge block per layer, and the read-outs.
+
+Shapes: B samples, D channels, H heads, n node-block pairs of b x b edges.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gcahng.graph.precision import linear, product
+
+
+class Norm(nn.Module):
+    """LayerNorm(GELU(x)) as the released code has it, or LayerNorm(x) as the paper writes."""
+
+    def __init__(self, dim: int, *, gelu: bool) -> None:
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(dim)
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer_norm(F.gelu(x) if self.gelu else x)
+
+
+def _attention_linear(dim: int) -> nn.Linear:
+    layer = nn.Linear(dim, dim)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class NodeBlock(nn.Module):
+    """Attention over the other classes' samples, the edge-to-node sum, a feed-forward part (method: node block).
+
+    `self.norm` is one parameter pair shared by its three uses. Parts that a switch turns off do not exist, so no
+    parameter is ever without a use.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        gelu_norm: bool,
+        node_propagation: bool,
+        edge_to_node: bool,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attends = node_propagation
+        self.sums_edges = node_propagation and edge_to_node
+        if self.attends:
+            self.query, self.key, self.value, self.out = (_attention_linear(dim) for _ in range(4))
+        if self.sums_edges:
+            self.edge_to_node = nn.Linear(dim, dim)
+        self.ffn_in = nn.Linear(dim, 4 * dim)
+        self.ffn_out = nn.Linear(4 * dim, dim)
+        self.norm = Norm(dim, gelu=gelu_norm)
+
+    def edge_message(self, edges: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """What each edge adds to its end nodes: GELU(Linear(e)), same shape as `edges` (..., D)."""
+        return F.gelu(linear(edges, self.edge_to_node, dtype))
+
+    def project(self, h: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (H, B, D/H)."""
+        batch, dim = h.shape
+
+        def heads(layer: nn.Linear) -> Tensor:
+            return (
+                linear(h, layer, dtype)
+                .view(batch, self.num_heads, dim // self.num_heads)
+                .transpose(0, 1)
+            )
+
+        return heads(self.query), heads(self.key), heads(self.value)
+
+    def attend(self, h: Tensor, other_class: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Off-by-one softmax attention (B, D): one more key of logit 0 and value 0 takes part in the softmax.
+
+        Args:
+            h: (B, D) nodes.
+            other_class: (B, B) bool, True where key j has another class than query i.
+        """
+        query, key, value = (
+            F.pad(x, (0, 0, 0, extra)) for x, extra in zip(self.project(h, dtype), (0, 1, 1))
+        )
+        mask = F.pad(other_class, (0, 1), value=True)
+        if dtype is not None:
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        # SDPA wants a batch axis to choose its fused kernels.
+        mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=mask)[
+            0
+        ]
+        return linear(mixed.to(h.dtype).transpose(0, 1).reshape(h.shape), self.out, dtype)
+
+    def update(
+        self, h: Tensor, attended: Tensor | None, edge_sum: Tensor | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        """New nodes (B, D) from the old ones, the attention output and the edge-to-node sum."""
+        if attended is not None:
+            h = self.norm(h + attended)
+        if edge_sum is not None:
+            h = self.norm(h + edge_sum)
+        return self.norm(h + linear(F.gelu(linear(h, self.ffn_in, dtype)), self.ffn_out, dtype))
+
+
+class EdgeBlock(nn.Module):
+    """Cross-attention of an edge over its two end nodes, then a feed-forward part (method: edge block).
+
+    `self.norm` is one parameter pair shared by its two uses.
+    """
+
+    def __init__(self, dim: int, *, gelu_norm: bool) -> None:
+        super().__init__()
+        self.node_to_edge = nn.Linear(dim, dim)
+        self.query, self.key, self.value = (_attention_linear(dim) for _ in range(3))
+        self.ffn_in = nn.Linear(dim, 4 * dim)
+        self.ffn_norm = nn.LayerNorm(4 * dim)
+        self.ffn_out = nn.Linear(4 * dim, dim)
+        self.norm = Norm(dim, gelu=gelu_norm)
+
+    def end_node_terms(self, h: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What an edge needs of an end node: score direction u (B, D), score offset c (B), value v (B, D).
+
+        The score of node i for edge e is q(e)·k_i / sqrt(D) = e·u_i + c_i with u_i = W_qᵀ k_i / sqrt(D), so no edge
+        ever computes a query. The key bias shifts both scores of an edge alike; it is left out of the arithmetic
+        and kept in the graph with an exactly zero gradient (its optimiser still decays it, as in the released code,
+        and no rounding noise is blown up by Adam).
+        """
+        nodes = F.gelu(linear(h, self.node_to_edge, dtype))
+        key = product(nodes, self.key.weight, None, dtype) / math.sqrt(h.shape[-1])
+        direction = product(key, self.query.weight.T, None, dtype)
+        offset = key @ self.query.bias + 0.0 * self.key.bias.sum()
+        return direction, offset, linear(nodes, self.value, dtype)
+
+    def feed_forward(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """norm(FFN(x) + x) on (..., D), FFN = Linear -> GELU -> LayerNorm(4D) -> Linear."""
+        hidden = self.ffn_norm(F.gelu(linear(x, self.ffn_in, dtype)))
+        return self.norm(linear(hidden, self.ffn_out, dtype) + x)
+
+
+def frozen_bias_batch_norm(dim: int) -> nn.BatchNorm1d:
+    """BatchNorm1d whose bias stays zero (both read-outs)."""
+    layer = nn.BatchNorm1d(dim)
+    layer.bias.requires_grad_(False)
+    return layer

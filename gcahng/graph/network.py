@@ -1,0 +1,311 @@
+"""The graph network of GCA-HNG: how all samples of a batch relate, read out as one pull coefficient per channel.
+
+Letters: B samples, D channels, N training classes, L layers, H heads.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gcahng.errors import InputError
+from gcahng.graph import edge_stage, reference
+from gcahng.graph.blocks import EdgeBlock, NodeBlock, frozen_bias_batch_norm
+from gcahng.graph.coefficients import Coefficients, PairCoefficients, TableCoefficients
+from gcahng.graph.dropout import EdgeDropout
+from gcahng.graph.pairs import PairPlan, block_classes, pair_plan
+from gcahng.graph.precision import autocast_dtype, linear
+from gcahng.graph.read_out import running_statistics, update_running
+from gcahng.layout import check_embeddings, check_labels
+
+log = logging.getLogger(__name__)
+
+Reducer = Callable[[Tensor], Tensor]
+
+
+def identity(partial: Tensor) -> Tensor:
+    """The reducer of one process: its partial sums are the sums."""
+    return partial
+
+
+@dataclass(frozen=True)
+class GraphOutput:
+    """What the graph says about a batch.
+
+    Attributes:
+        node_logits: (B, N) class scores of the nodes.
+        coefficients: Pull coefficients by blocks, as the generation stage takes them; None if not asked for.
+    """
+
+    node_logits: Tensor
+    coefficients: Coefficients | None
+
+    @property
+    def pull_coefficients(self) -> Tensor:
+        """(B, B, D) in (0, 1): how far negative j keeps from anchor i, channel by channel."""
+        assert self.coefficients is not None, "the graph was called with need_coefficients=False"
+        return self.coefficients.table()
+
+
+class GraphNetwork(nn.Module):
+    """Message propagation over all B² ordered pairs of a batch (GCA-HNG, IJCV 2024, section 3).
+
+    Differs from the released code: one dropout mask per unordered pair by default (`edge_dropout="tied"`), norms of
+    constant embeddings floored, half of the edges computed. Without dropout the numbers are the same.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_classes: int,
+        num_layers: int = 1,
+        num_heads: int = 2,
+        *,
+        dropout: float = 0.1,
+        edge_dropout: Literal["tied", "independent"] = "tied",
+        backend: Literal["auto", "pairs", "scatter"] = "auto",
+        norm: Literal["gelu_layer_norm", "layer_norm"] = "gelu_layer_norm",
+        node_propagation: bool = True,
+        edge_to_node: bool = True,
+    ) -> None:
+        """
+        Args:
+            embedding_dim: D.
+            num_classes: N.
+            num_layers: L.
+            num_heads: H of the node attention; must divide D. The edge attention has one head.
+            dropout: Probability on the two attention weights of an edge.
+            edge_dropout: "tied": the two directions of a pair share their mask. "independent": the released law.
+            backend: "pairs" computes unordered pairs, "scatter" is the edge-list reference; "auto" takes pairs
+                wherever they can do what is asked.
+            norm: "gelu_layer_norm" as released, "layer_norm" as the paper writes.
+            node_propagation: False: no messages between nodes, an edge sees its two ends only.
+            edge_to_node: False: no sum of edge messages into nodes (the paper's "Hadamard product addition").
+        Raises:
+            InputError: An argument is out of its range, or the backend cannot do what is asked.
+        """
+        super().__init__()
+        _check_arguments(embedding_dim, num_classes, num_layers, num_heads, dropout)
+        for value, known, name in (
+            (edge_dropout, ("tied", "independent"), "edge_dropout"),
+            (backend, ("auto", "pairs", "scatter"), "backend"),
+            (norm, ("gelu_layer_norm", "layer_norm"), "norm"),
+        ):
+            if value not in known:
+                raise InputError(f"`{name}` must be one of {', '.join(known)}: got {value!r}.")
+        if backend == "pairs" and edge_dropout == "independent" and dropout > 0:
+            raise InputError(
+                "`backend` 'pairs' computes each unordered pair once and needs edge_dropout 'tied': got "
+                "'independent'. Use backend 'scatter' or 'auto'."
+            )
+        self.embedding_dim = embedding_dim
+        self.dropout = dropout
+        self.tied = edge_dropout == "tied"
+        self.backend = _choose_backend(backend, self.tied or dropout == 0)
+        gelu_norm = norm == "gelu_layer_norm"
+        self.reduction = nn.Linear(embedding_dim, embedding_dim)
+        self.node_blocks = nn.ModuleList(
+            NodeBlock(
+                embedding_dim,
+                num_heads,
+                gelu_norm=gelu_norm,
+                node_propagation=node_propagation,
+                edge_to_node=edge_to_node,
+            )
+            for _ in range(num_layers)
+        )
+        self.edge_blocks = nn.ModuleList(
+            EdgeBlock(embedding_dim, gelu_norm=gelu_norm) for _ in range(num_layers)
+        )
+        self.node_norm = frozen_bias_batch_norm(embedding_dim)
+        self.node_classifier = nn.Linear(embedding_dim, num_classes)
+        self.edge_norm = frozen_bias_batch_norm(embedding_dim)
+        self.edge_out = nn.Linear(embedding_dim, embedding_dim)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trained parameters by the passes that reach them: "both", "metric" only, "generation" only.
+
+        The metric pass uses detached coefficients, so the last edge block and the edge read-out have no gradient in
+        it (nor any edge block whose result no node sees); the generation pass has no node classification.
+        """
+        feeds_nodes = any(block.sums_edges for block in self._nodes())
+        last = len(self.edge_blocks) - 1
+        generation = [*self.edge_norm.parameters(), *self.edge_out.parameters()]
+        both = list(self.reduction.parameters()) + list(self.node_blocks.parameters())
+        for layer, block in enumerate(self.edge_blocks):
+            target = both if feeds_nodes and layer < last else generation
+            target.extend(block.parameters())
+        metric = [*self.node_norm.parameters(), *self.node_classifier.parameters()]
+        groups = {"both": both, "metric": metric, "generation": generation}
+        return {name: [p for p in group if p.requires_grad] for name, group in groups.items()}
+
+    def plan(self, batch_size: int, device: torch.device | str = "cpu") -> PairPlan:
+        """A plan for samples in any order: blocks of consecutive samples."""
+        block = block_classes(batch_size, 1)
+        return pair_plan(torch.arange(batch_size, device=device), block)
+
+    def forward(
+        self,
+        z: Tensor,
+        labels: Tensor,
+        *,
+        dropout_key: int | None = None,
+        plan: PairPlan | None = None,
+        need_coefficients: bool = True,
+        coefficient_gradient: bool = True,
+        reduce: Reducer = identity,
+    ) -> GraphOutput:
+        """Relate all samples of the global batch.
+
+        Args:
+            z: (B, D) embeddings, not normalised; B >= 2.
+            labels: (B,) int64; samples of one class do not attend to each other.
+            dropout_key: Key of the dropout masks in training (see `gcahng.random.stream_key`); by default a new one
+                is drawn from torch's global generator.
+            plan: Block pairs that this process computes; by default all of them.
+            need_coefficients: False skips the last edge block and the edge read-out.
+            coefficient_gradient: False computes them without gradient (the metric pass).
+            reduce: Differentiable sum of partial sums over processes.
+        Raises:
+            InputError: Shapes or dtypes do not fit, or an embedding is not finite.
+        """
+        self._check_batch(z, labels)
+        dropout = None
+        if self.training and self.dropout > 0:
+            key = int(torch.randint(2**62, ()).item()) if dropout_key is None else dropout_key
+            dropout = EdgeDropout(self.dropout, key, self.tied)
+        plan = self.plan(z.shape[0], z.device) if plan is None else plan
+        dtype = autocast_dtype(z)
+        z = z if dtype is None else z.float()
+        run = self._scatter if self.backend == "scatter" else self._pairs
+        with torch.autocast(z.device.type, enabled=False):
+            h, coefficients = run(
+                z, labels, plan, dropout, need_coefficients, coefficient_gradient, reduce, dtype
+            )
+            logits = linear(self.node_norm(h), self.node_classifier, dtype)
+        return GraphOutput(logits, coefficients)
+
+    def _pairs(
+        self,
+        z: Tensor,
+        labels: Tensor,
+        plan: PairPlan,
+        dropout: EdgeDropout | None,
+        need_coefficients: bool,
+        coefficient_gradient: bool,
+        reduce: Reducer,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Coefficients | None]:
+        other_class = labels[:, None] != labels[None, :]
+        edges = edge_stage.pair_products(edge_stage.unit_centred(z), plan)
+        h = linear(z, self.reduction, dtype)
+        last = len(self.node_blocks) - 1
+        for layer, (node_block, edge_block) in enumerate(
+            zip(self._nodes(), self._edges(), strict=True)
+        ):
+            attended = node_block.attend(h, other_class, dtype) if node_block.attends else None
+            message = None
+            if node_block.sums_edges:
+                message = reduce(edge_stage.edge_to_node_sums(edges, plan, node_block, dtype))
+            h = node_block.update(h, attended, message, dtype)
+            if layer == last and not need_coefficients:
+                return h, None
+            gradient = torch.is_grad_enabled() and (coefficient_gradient or layer < last)
+            with torch.set_grad_enabled(gradient):
+                edges = edge_stage.update_edges(
+                    edges, h, plan, edge_block, layer=layer, dropout=dropout, dtype=dtype
+                )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and coefficient_gradient):
+            mean, variance = self._edge_statistics(edges, plan, reduce)
+            values = edge_stage.read_out(
+                edges, mean, variance, self.edge_norm, self.edge_out, dtype
+            )
+        return h, PairCoefficients(plan, values)
+
+    def _edge_statistics(
+        self, edges: list[Tensor], plan: PairPlan, reduce: Reducer
+    ) -> tuple[Tensor, Tensor]:
+        if not self.training:
+            return running_statistics(self.edge_norm)
+        count = plan.batch_size**2
+        mean = reduce(edge_stage.edge_sum(edges, plan)) / count
+        variance = reduce(edge_stage.edge_square_sum(edges, mean, plan)) / count
+        update_running(self.edge_norm, mean, variance, count)
+        return mean, variance
+
+    def _scatter(
+        self,
+        z: Tensor,
+        labels: Tensor,
+        plan: PairPlan,
+        dropout: EdgeDropout | None,
+        need_coefficients: bool,
+        coefficient_gradient: bool,
+        reduce: Reducer,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Coefficients | None]:
+        del reduce  # The reference computes every edge itself.
+        # The oracle leaves precision to autocast itself, as the released code would.
+        with torch.autocast(z.device.type, dtype=dtype, enabled=dtype is not None):
+            h, edges = reference.propagate(
+                z,
+                labels,
+                self.reduction,
+                list(self._nodes()),
+                list(self._edges()),
+                dropout,
+                last_edge_gradient=coefficient_gradient,
+            )
+            if not need_coefficients:
+                return h.to(z.dtype), None
+            with torch.set_grad_enabled(torch.is_grad_enabled() and coefficient_gradient):
+                values = torch.sigmoid(self.edge_out(self.edge_norm(edges.to(z.dtype))).to(z.dtype))
+        size = z.shape[0]
+        return h.to(z.dtype), TableCoefficients(plan, values.view(size, size, -1))
+
+    def _nodes(self) -> list[NodeBlock]:
+        return [block for block in self.node_blocks if isinstance(block, NodeBlock)]
+
+    def _edges(self) -> list[EdgeBlock]:
+        return [block for block in self.edge_blocks if isinstance(block, EdgeBlock)]
+
+    def _check_batch(self, z: Tensor, labels: Tensor) -> None:
+        check_embeddings(z, "z")
+        check_labels(labels, z.shape[0])
+        if z.shape[0] < 2 or z.shape[1] != self.embedding_dim:
+            raise InputError(
+                f"`z` must have shape (B, D) with B >= 2 and D = {self.embedding_dim}: got {tuple(z.shape)}."
+            )
+
+
+def _check_arguments(
+    dim: int, num_classes: int, num_layers: int, num_heads: int, dropout: float
+) -> None:
+    for value, name in (
+        (dim, "embedding_dim"),
+        (num_classes, "num_classes"),
+        (num_layers, "num_layers"),
+        (num_heads, "num_heads"),
+    ):
+        if value < 1:
+            raise InputError(f"`{name}` must be at least 1: got {value}.")
+    if dim % num_heads:
+        raise InputError(f"`num_heads` must divide embedding_dim ({dim}): got {num_heads}.")
+    if not 0 <= dropout < 1:
+        raise InputError(f"`dropout` must lie in [0, 1): got {dropout}.")
+
+
+def _choose_backend(backend: str, symmetric: bool) -> str:
+    if backend != "auto":
+        return backend
+    chosen = "pairs" if symmetric else "scatter"
+    if not symmetric:
+        log.warning(
+            "graph.backend auto: 'scatter', since edge_dropout 'independent' tells the directions of a pair apart; "
+            "expect about 2.5 times the time of 'pairs'."
+        )
+    return chosen

@@ -1,0 +1,31 @@
+"""Matrix products in the autocast dtype, everything between them in the embeddings' own dtype.
+
+The element-wise chain of the graph (edge products, softmax, norms) loses its signal in bfloat16: a first-layer edge
+has an rms of 1/D beside an attention output of about 0.3. So the graph turns autocast off inside and lowers the
+operands of its matrix products only.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for on x's device; None without autocast or for float64 input."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """x Wᵀ + bias with the product's operands in `dtype` and the result back in x's dtype."""
+    if dtype is None:
+        return F.linear(x, weight, bias)
+    result = F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
+    return result if bias is None else result + bias
+
+
+def linear(x: Tensor, layer: nn.Linear, dtype: torch.dtype | None) -> Tensor:
+    """`layer(x)` by `product`."""
+    return product(x, layer.weight, layer.bias, dtype)

@@ -1,0 +1,77 @@
+"""Losses on synthetic negatives (GCA-HNG, IJCV 2024, section 3.4).
+
+Letters: B = P * K samples group-major, P classes, K samples per class, D channels, N training classes.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gcahng.losses.n_pair import LENGTH_WEIGHT
+
+
+def synthetic_loss_from_scores(
+    z: Tensor, scores: Tensor, square_sum: Tensor, num_samples: int
+) -> Tensor:
+    """J_syn: every sample once an anchor, its positive against the synthetic negatives of the other classes.
+
+    Cross-entropy over P candidates (own class: z_i · z_pos(i), others: z_i · synthetic_{i,p}), mean over all anchors,
+    plus 3e-3 * 0.25 * (sum ‖z_i‖² / P + mean over the P² candidates of ‖candidate‖²) per group, mean over groups.
+
+    Args:
+        z: (B, D), group-major.
+        scores: (B, P) z_i · synthetic_{i,p}; the own-class column is replaced.
+        square_sum: Sum of ‖synthetic‖² over all (anchor, other class) entries.
+        num_samples: K.
+    """
+    batch, classes = scores.shape
+    positive = z.roll(-classes, 0)
+    own = torch.arange(batch, device=z.device) % classes
+    is_own = F.one_hot(own, classes).bool()
+    logits = torch.where(is_own, (z * positive).sum(1, keepdim=True), scores)
+    anchor_lengths = z.square().sum() / (num_samples * classes)
+    candidate_lengths = (square_sum + positive.square().sum()) / (num_samples * classes**2)
+    return F.cross_entropy(logits, own) + LENGTH_WEIGHT * (anchor_lengths + candidate_lengths)
+
+
+def _own_class(synthetic: Tensor) -> Tensor:
+    batch, classes = synthetic.shape[:2]
+    return F.one_hot(torch.arange(batch, device=synthetic.device) % classes, classes).bool()
+
+
+def synthetic_n_pair_loss(z: Tensor, synthetic: Tensor) -> Tensor:
+    """J_syn from a full (B, P, D) table of synthetic negatives, see `synthetic_loss_from_scores`."""
+    others = ~_own_class(synthetic)
+    scores = torch.einsum("id,ipd->ip", z, synthetic)
+    square_sum = (synthetic.square().sum(-1) * others).sum()
+    return synthetic_loss_from_scores(z, scores, square_sum, z.shape[0] // synthetic.shape[1])
+
+
+def classification_loss(logits: Tensor, class_labels: Tensor) -> Tensor:
+    """J_cls: mean cross-entropy of (B, P, N) logits of the synthetic negatives against the class of column p."""
+    return F.cross_entropy(logits.flatten(0, 1), class_labels.expand(logits.shape[:2]).flatten())
+
+
+def similarity_loss(z: Tensor, synthetic: Tensor) -> Tensor:
+    """J_sim: 1 - cos(z_i, synthetic_{i,p}), own-class entries 0, mean over all B * P entries.
+
+    Differs from the released code, which zeroes other entries by an index slip.
+    """
+    away = 1 - F.cosine_similarity(z[:, None], synthetic, dim=-1)
+    return (away * ~_own_class(synthetic)).mean()
+
+
+def diversity_from_spread(spread: Tensor, batch_size: int) -> Tensor:
+    """J_div = 1 - sqrt(spread / B²) from the summed squared deviations of the coefficients.
+
+    The square root has no finite gradient at 0 (all coefficients alike); there the gradient is 0.
+    """
+    positive = spread > 0
+    root = torch.where(positive, spread, torch.ones_like(spread)).sqrt() / batch_size
+    return 1 - torch.where(positive, root, torch.zeros_like(root))
+
+
+def diversity_loss(pull_coefficients: Tensor) -> Tensor:
+    """J_div of a full (B, B, D) table: 1 - sqrt(sum_{ij,c} (lambda - mean_j lambda)² / B²)."""
+    spread = (pull_coefficients - pull_coefficients.mean(1, keepdim=True)).square().sum()
+    return diversity_from_spread(spread, pull_coefficients.shape[0])

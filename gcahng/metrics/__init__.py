@@ -1,0 +1,5 @@
+"""Retrieval metrics: exact, chunked, free of ranks, files and configuration."""
+
+from gcahng.metrics.retrieval import RetrievalResult, retrieval
+
+__all__ = ["RetrievalResult", "retrieval"]

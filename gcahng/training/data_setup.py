@@ -1,0 +1,100 @@
+"""From the data part of a configuration to shards, class tables and loaders."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gcahng.data.loader import TrainLoader
+from gcahng.data.shard_reader import ShardSet
+from gcahng.data.train_set import ClassTable, split_validation
+from gcahng.data.transform_settings import TransformSettings, transform_settings
+from gcahng.errors import ConfigError
+from gcahng.training.config import Config, DataConfig, TransformConfig
+
+log = logging.getLogger(__name__)
+
+TRAIN_SPLIT = "train"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything a run reads.
+
+    Attributes:
+        shards: The converted data set.
+        table: Training classes, validation classes taken out.
+        validation_rows: Rows of the held-out classes; empty without validation.
+        transform: Image transforms.
+    """
+
+    shards: ShardSet
+    table: ClassTable
+    validation_rows: NDArray[np.int64]
+    transform: TransformSettings
+
+
+def image_transform(config: TransformConfig) -> TransformSettings:
+    """The preset with the configuration's values put in."""
+    return transform_settings(**config.arguments())
+
+
+def open_data(config: Config) -> RunData:
+    """Open the shards and split off the validation classes.
+
+    Raises:
+        DataError: The data set is damaged, or has no training split.
+        ConfigError: It has fewer training classes than a batch takes.
+    """
+    data = config.data
+    shards = ShardSet.open(data.dir)
+    table = ClassTable.build(
+        shards.class_id,
+        shards.split_samples(TRAIN_SPLIT),
+        samples_per_class=config.batch.num_samples,
+        small_classes=data.small_classes,
+    )
+    _report_small_classes(table, data)
+    training, held_out = split_validation(table, data.validation, config.seed)
+    if training.num_classes < config.batch.num_classes:
+        raise ConfigError(
+            f"`batch.num_classes` must not exceed the training classes of `{data.dir}`: expected at "
+            f"most {training.num_classes}, got {config.batch.num_classes}. Lower it or data.validation."
+        )
+    return RunData(
+        shards,
+        training,
+        table.rows_of_classes(held_out),
+        image_transform(data.transform),
+    )
+
+
+def build_train_loader(config: Config, data: RunData, *, pin_memory: bool = False) -> TrainLoader:
+    """Batches of the configuration's shape."""
+    return TrainLoader(
+        data.shards,
+        data.table,
+        seed=config.seed,
+        num_classes=config.batch.num_classes,
+        num_samples=config.batch.num_samples,
+        transform=data.transform,
+        sampler=config.batch.sampler,
+        num_workers=config.data.num_workers,
+        on_error=config.data.on_error,
+        pin_memory=pin_memory,
+    )
+
+
+def _report_small_classes(table: ClassTable, config: DataConfig) -> None:
+    for ids, fate in ((table.repeated, "their images are repeated"), (table.dropped, "left out")):
+        if ids.size:
+            listed = ", ".join(map(str, ids[:10])) + (" ..." if ids.size > 10 else "")
+            log.warning(
+                "%d classes of %s have fewer images than batch.num_samples; %s (data.small_classes: %s): %s",
+                ids.size,
+                config.dir,
+                fate,
+                config.small_classes,
+                listed,
+            )

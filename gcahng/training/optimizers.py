@@ -1,0 +1,100 @@
+"""Optimisers and schedules of the parts, the pass gate, clipping by value."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LRScheduler,
+    MultiStepLR,
+    StepLR,
+)
+
+from gcahng.components import load_component
+from gcahng.graph import GraphNetwork
+from gcahng.training.config_schema import OptimizerConfig, ScheduleConfig
+
+ALL_PASSES = "both"
+
+
+class PassGate:
+    """Keeps parameters that a pass does not reach out of that pass's optimiser step.
+
+    The graph network is stepped twice per iteration, and each pass reaches other parameters (method section 4).
+    PyTorch leaves the others' gradients None, so that AdamW neither decays them nor moves their moments; a backend
+    that fills missing gradients with zeros would. The gate makes it explicit: parameter groups carry the pass that
+    reaches them, and before each step the gradients of the other groups are set to None.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.active = ALL_PASSES
+        optimizer.register_step_pre_hook(self._close)
+
+    def _close(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            if group.get("reach", ALL_PASSES) not in (ALL_PASSES, self.active):
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+
+def clip_by_value(optimizer: Optimizer, bound: float) -> None:
+    """Clamp every gradient entry to [-bound, bound] before each step of `optimizer`.
+
+    A hook on the optimiser sees averaged gradients whole or in any partition, so it acts alike in every backend.
+    """
+
+    def clamp(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        gradients = [
+            p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
+        ]
+        if gradients:
+            torch._foreach_clamp_min_(gradients, -bound)
+            torch._foreach_clamp_max_(gradients, bound)
+
+    optimizer.register_step_pre_hook(clamp)
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups of a part; a graph network's are named by the passes that reach them."""
+    if isinstance(module, GraphNetwork):
+        groups = module.parameter_groups()
+        return [{"params": params, "reach": reach} for reach, params in groups.items() if params]
+    return [{"params": list(module.parameters()), "reach": ALL_PASSES}]
+
+
+def build_optimizer(
+    module: nn.Module, settings: OptimizerConfig, *, clip_value: float | None = None
+) -> tuple[Optimizer, PassGate]:
+    """The optimiser of a part, with its pass gate and clipping attached."""
+    optimizer = _make(settings, parameter_groups(module))
+    gate = PassGate(optimizer)
+    if clip_value is not None:
+        clip_by_value(optimizer, clip_value)
+    return optimizer, gate
+
+
+def _make(settings: OptimizerConfig, groups: Iterable[dict[str, Any]]) -> Optimizer:
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    if settings.name == "sgd":
+        return torch.optim.SGD(
+            groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    factory = load_component(settings.name)
+    optimizer: Optimizer = factory(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    return optimizer
+
+
+def build_schedule(optimizer: Optimizer, settings: ScheduleConfig, epochs: int) -> LRScheduler:
+    """The learning-rate schedule, stepped once per epoch."""
+    if settings.name == "step":
+        return StepLR(optimizer, settings.step_size, settings.gamma)
+    if settings.name == "milestones":
+        return MultiStepLR(optimizer, list(settings.milestones), settings.gamma)
+    if settings.name == "cosine":
+        return CosineAnnealingLR(optimizer, epochs)
+    return ConstantLR(optimizer, factor=1.0, total_iters=0)

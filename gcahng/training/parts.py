@@ -1,0 +1,181 @@
+"""From a configuration to the trained parts, their optimisers, and the step."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from gcahng.components import load_component
+from gcahng.errors import ConfigError
+from gcahng.graph import GraphNetwork
+from gcahng.losses import NPairLoss, NPairPlusLoss, ProxyAnchorLoss
+from gcahng.models import Embedder, build_embedder
+from gcahng.random import stream_key
+from gcahng.training.backend import PlainBackend
+from gcahng.training.config import Config, LossConfig, ModelConfig
+from gcahng.training.optimizers import PassGate, build_optimizer, build_schedule
+from gcahng.training.step import StepSettings, TrainingStep
+
+_LOSSES: dict[str, Callable[..., nn.Module]] = {
+    "n_pair": NPairLoss,
+    "n_pair_plus": NPairPlusLoss,
+    "proxy_anchor": ProxyAnchorLoss,
+}
+# The part of `optim` that moves each part of the run.
+_OPTIMIZER_OF = {
+    "metric_model": "metric_model",
+    "metric_loss": "proxies",
+    "graph": "graph",
+    "classifier": "classifier",
+}
+_CLIPPED = ("metric_model", "graph")
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """The trained modules of a run and what moves them, all by part name."""
+
+    modules: Mapping[str, nn.Module]
+    optimizers: Mapping[str, Optimizer]
+    gates: Mapping[str, PassGate]
+    schedules: Mapping[str, LRScheduler]
+
+    @property
+    def metric_model(self) -> Embedder:
+        model = self.modules["metric_model"]
+        assert isinstance(model, Embedder)
+        return model
+
+
+def choose_device(setting: str) -> torch.device:
+    """The device of `train.device`.
+
+    Raises:
+        ConfigError: CUDA is asked for and absent.
+    """
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("`train.device` is cuda, but torch sees no CUDA device. Use cpu or auto.")
+    if setting == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(setting)
+
+
+def build_metric_model(config: ModelConfig, *, load_weights: bool = True) -> Embedder:
+    """The backbone with its head; `load_weights=False` leaves the published or local weights out."""
+    return build_embedder(
+        config.backbone,
+        pooling=config.pooling,
+        head=config.head,
+        head_init=config.head_init,
+        embedding_dim=config.embedding_dim,
+        pretrained=config.pretrained and load_weights,
+        weights=config.weights if load_weights else None,
+        backbone_args=config.backbone_args,
+        freeze_batch_norm=config.freeze_batch_norm,
+        freeze_patch_embed=config.freeze_patch_embed,
+    )
+
+
+def build_metric_loss(config: LossConfig, num_classes: int, embedding_dim: int) -> nn.Module:
+    """The metric loss; N and D are passed to losses whose constructor asks for them by name.
+
+    Raises:
+        ConfigError: The loss refuses its arguments, or a dotted path does not load.
+    """
+    factory = _LOSSES.get(config.metric) or load_component(config.metric)
+    known = {"num_classes": num_classes, "embedding_dim": embedding_dim}
+    wanted = inspect.signature(factory).parameters
+    arguments = {name: value for name, value in known.items() if name in wanted} | config.args
+    try:
+        loss = factory(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"`loss.args` do not fit loss.metric `{config.metric}`: {error}.") from error
+    if not isinstance(loss, nn.Module):
+        raise ConfigError(
+            f"`loss.metric` must make a torch.nn.Module: `{config.metric}` made {type(loss).__name__}."
+        )
+    return loss
+
+
+def _seeded(seed: int, name: str, make: Callable[[], nn.Module]) -> nn.Module:
+    """Build a part with initial weights of its own stream: adding a part leaves the others alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_key(seed, "weights", name) >> 1)
+        return make()
+
+
+def build_modules(config: Config, num_classes: int, *, load_weights: bool = True) -> dict[str, nn.Module]:
+    """The parts that the configuration asks for, on the CPU.
+
+    Args:
+        num_classes: N, training classes.
+        load_weights: Whether to load the backbone's published or local weights.
+    """
+    dim = config.model.embedding_dim
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "metric_model": lambda: build_metric_model(config.model, load_weights=load_weights),
+        "metric_loss": lambda: build_metric_loss(config.loss, num_classes, dim),
+    }
+    if config.graph.enabled:
+        makers["graph"] = lambda: GraphNetwork(
+            dim,
+            num_classes,
+            config.graph.num_layers,
+            config.graph.num_heads,
+            dropout=config.graph.dropout,
+            edge_dropout=config.graph.edge_dropout,
+            backend=config.graph.backend,
+            norm=config.graph.norm,
+            node_propagation=config.graph.node_propagation,
+            edge_to_node=config.graph.edge_to_node,
+        )
+    if config.generation.enabled:
+        makers["classifier"] = lambda: nn.Linear(dim, num_classes)
+    return {name: _seeded(config.seed, name, make) for name, make in makers.items()}
+
+
+def build_parts(config: Config, modules: Mapping[str, nn.Module], device: torch.device) -> RunParts:
+    """Move the modules to their device and make optimisers and schedules."""
+    optimizers: dict[str, Optimizer] = {}
+    gates: dict[str, PassGate] = {}
+    schedules: dict[str, LRScheduler] = {}
+    for name, module in modules.items():
+        module.to(device).train()
+        if not any(True for _ in module.parameters()):
+            continue
+        settings = getattr(config.optim, _OPTIMIZER_OF[name])
+        clip = config.optim.clip_value if name in _CLIPPED else None
+        optimizers[name], gates[name] = build_optimizer(module, settings, clip_value=clip)
+        schedules[name] = build_schedule(optimizers[name], settings.schedule, config.train.epochs)
+    return RunParts(dict(modules), optimizers, gates, schedules)
+
+
+def build_step(config: Config, parts: RunParts, device: torch.device) -> tuple[TrainingStep, PlainBackend]:
+    """The training step on a backend of one process."""
+    backend = PlainBackend(
+        parts.modules,
+        parts.optimizers,
+        parts.gates,
+        device=device,
+        precision=config.train.precision,
+    )
+    weights = config.generation.weights
+    settings: dict[str, Any] = {
+        "seed": config.seed,
+        "num_samples": config.batch.num_samples,
+        "generate": config.generation.enabled,
+        "channel_coefficients": config.generation.coefficients == "channel",
+        "alpha": config.generation.alpha,
+        "beta": config.generation.beta,
+        "normalised_distance": config.generation.normalised_distance,
+        "classifier_weight": weights.classifier,
+        "classification_weight": weights.classification,
+        "similarity_weight": weights.similarity,
+        "diversity_weight": weights.diversity * weights.diversity_scale,
+    }
+    return TrainingStep(backend, StepSettings(**settings)), backend

@@ -1,0 +1,74 @@
+"""What a run tells: `metrics.jsonl` (one object per logged step and evaluation) and TensorBoard."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunLog:
+    """Appends rows to a run folder's logs; use as a context manager."""
+
+    def __init__(self, run_dir: Path, *, from_step: int | None = None) -> None:
+        """
+        Args:
+            run_dir: Run folder.
+            from_step: Continue a run at this step: rows of later steps are dropped. None starts anew.
+        """
+        self.path = run_dir / METRICS_FILE
+        kept = [] if from_step is None else [r for r in read_rows(self.path) if r["step"] <= from_step]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.path)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=from_step)
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """One row: {"kind": ..., "step": ..., values}; numbers go to TensorBoard too."""
+        row = {"kind": kind, "step": step} | {name: _plain(value) for name, value in values.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if isinstance(value, float) and name != "step":
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All whole rows of a metrics file; a last line that a crash cut is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN or infinity; they become text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

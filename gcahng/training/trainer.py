@@ -1,0 +1,271 @@
+"""The training loop: epochs, logging, evaluation, checkpoints. The iteration itself is `step.py`.
+
+A run folder holds `config.yaml` (resolved), `metrics.jsonl`, `tensorboard/`, `step-N/` checkpoints with the links
+`last`, `best` (by validation) and `best_test`, and `results.json` at the end.
+"""
+
+import json
+import logging
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gcahng.data.transforms import normalise
+from gcahng.errors import ConfigError, TrainingError
+from gcahng.training import checkpoint
+from gcahng.training.averages import EpochAverages
+from gcahng.training.config import Config, resolved_yaml
+from gcahng.training.data_setup import RunData, build_train_loader, open_data
+from gcahng.training.evaluation import EmbeddingSettings, as_row, evaluate
+from gcahng.training.memory import peak_memory_bytes
+from gcahng.training.parts import build_modules, build_parts, build_step, choose_device
+from gcahng.training.run_log import RunLog
+from gcahng.training.step import NonFiniteEmbedding
+
+log = logging.getLogger(__name__)
+
+RESULTS_FILE = "results.json"
+SELECTION_NOTE = "chosen on the test classes, as the papers' numbers are"
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved in `state.json`.
+
+    Attributes:
+        epoch: Epochs finished.
+        step: Iterations finished.
+        skipped: Unreadable images replaced so far.
+        best: Best evaluation row by "validation" and "test" MAP@R.
+        last: Newest evaluation rows by split.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    skipped: int = 0
+    best: dict[str, dict[str, Any]] = field(default_factory=dict)
+    last: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Trainer:
+    """Builds everything a configuration names and runs it."""
+
+    def __init__(self, config: Config, *, progress_bars: bool = True) -> None:
+        """
+        Args:
+            config: A checked configuration.
+            progress_bars: Show bars on stderr.
+        Raises:
+            InputError: Data, weights or settings cannot be used; nothing has been written.
+        """
+        self.config = config
+        self.bars = progress_bars
+        self.run_dir = Path(config.run.dir)
+        self.device = choose_device(config.train.device)
+        self.data: RunData = open_data(config)
+        self._resume_from = self._find_resume()
+        self._check_run_dir()
+        self.loader = build_train_loader(config, self.data, pin_memory=self.device.type == "cuda")
+        modules = build_modules(
+            config, self.data.table.num_classes, load_weights=self._resume_from is None
+        )
+        self._start_weights(modules)
+        self.parts = build_parts(config, modules, self.device)
+        self.step, self.backend = build_step(config, self.parts, self.device)
+        self.averages = EpochAverages()
+        self.progress = Progress()
+        self._seconds: list[tuple[float, float]] = []
+        if self._resume_from is not None:
+            self._load(self._resume_from)
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last epoch and return what `results.json` holds."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / checkpoint.CONFIG).write_text(resolved_yaml(self.config), encoding="utf-8")
+        resumed = self.progress.step if self._resume_from is not None else None
+        with RunLog(self.run_dir, from_step=resumed) as run_log:
+            for epoch in range(self.progress.epoch, self.config.train.epochs):
+                self._train_epoch(epoch, run_log)
+                self.averages.end_epoch()
+                for schedule in self.parts.schedules.values():
+                    schedule.step()
+                self.progress.epoch = epoch + 1
+                improved = self._evaluate_if_due(run_log)
+                self._save(improved)
+        return self._finish()
+
+    def _train_epoch(self, epoch: int, run_log: RunLog) -> None:
+        self.parts.metric_model.set_warm_up(epoch < self.config.train.warm_up_epochs)
+        batches = self.loader.epoch_iterator(epoch)
+        limit = self.config.train.max_steps_per_epoch
+        total = len(batches) if limit is None else min(limit, len(batches))
+        bar = tqdm(
+            total=total,
+            desc=f"epoch {epoch + 1}/{self.config.train.epochs}",
+            unit="step",
+            leave=False,
+            disable=not self.bars,
+        )
+        with bar:
+            started = time.perf_counter()
+            for number, batch in enumerate(batches, 1):
+                loaded = time.perf_counter()
+                for problem in batch.problems:
+                    log.warning("Skipped: %s", problem)
+                self.progress.skipped += batch.skipped
+                on_device = batch.to(self.device, non_blocking=True)
+                report = self.run_step(on_device.images, on_device.labels, on_device.rows)
+                self.progress.step += 1
+                ended = time.perf_counter()
+                self._seconds.append((ended - started, loaded - started))
+                if self.progress.step % self.config.train.log_every == 0:
+                    self._log_step(report, epoch, run_log)
+                    bar.set_postfix(loss=f"{float(report['total_loss']):.3f}", refresh=False)
+                bar.update()
+                if number >= total:
+                    break
+                started = time.perf_counter()
+
+    def run_step(self, images: Tensor, labels: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        inputs = normalise(images, self.data.transform)
+        try:
+            return self.step(inputs, labels, self.averages, step=self.progress.step)
+        except NonFiniteEmbedding as error:
+            keys = [self.data.shards.key(int(rows[p])) for p in error.positions[:5]]
+            raise TrainingError(f"Step {self.progress.step}: {error} Samples: {', '.join(keys)}.") from error
+
+    def _log_step(self, report: Mapping[str, Tensor], epoch: int, run_log: RunLog) -> None:
+        values: dict[str, Any] = {name: float(value) for name, value in report.items()}
+        for name, optimizer in self.parts.optimizers.items():
+            values[f"lr_{name}"] = float(optimizer.param_groups[0]["lr"])
+        recent = self._seconds[-self.config.train.log_every :]
+        values["step_seconds"] = statistics.mean(total for total, _ in recent)
+        values["data_seconds"] = statistics.mean(waited for _, waited in recent)
+        run_log.write("step", self.progress.step, {"epoch": epoch} | values)
+
+    def _evaluate_if_due(self, run_log: RunLog) -> list[str]:
+        """Evaluate after this epoch if it is time; returns which selections improved."""
+        every, epoch = self.config.eval.every_epochs, self.progress.epoch
+        if epoch % every and epoch != self.config.train.epochs:
+            return []
+        improved = []
+        settings = EmbeddingSettings(
+            self.data.transform,
+            self.config.eval.batch_size,
+            self.config.data.num_workers,
+            self.device,
+            self.backend.matmul_dtype,
+            self.bars,
+        )
+        splits: dict[str, Any] = {"test": None}
+        if self.data.validation_rows.size:
+            splits["validation"] = self.data.validation_rows
+        for split, rows in splits.items():
+            result = evaluate(
+                self.parts.metric_model, self.data.shards, self.config.eval, settings, rows=rows
+            )
+            row = {"epoch": epoch, "split": split} | as_row(result)
+            run_log.write("evaluation", self.progress.step, row)
+            self.progress.last[split] = row
+            best = self.progress.best.get(split)
+            if best is None or row["map_at_r"] > best["map_at_r"]:
+                self.progress.best[split] = row | {"step": self.progress.step}
+                improved.append(split)
+        return improved
+
+    def _save(self, improved: list[str]) -> None:
+        folder = checkpoint.save_checkpoint(
+            self.run_dir,
+            self.progress.step,
+            modules=self.parts.modules,
+            optimizers=self.parts.optimizers,
+            state=self._state(),
+            config_yaml=resolved_yaml(self.config),
+        )
+        checkpoint.point(self.run_dir, "last", folder)
+        for split, link in (("validation", "best"), ("test", "best_test")):
+            if split in improved:
+                checkpoint.point(self.run_dir, link, folder)
+        checkpoint.prune(self.run_dir, self.config.train.keep_last)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "progress": vars(self.progress),
+            "averages": self.averages.state_dict(),
+            "schedules": {name: s.state_dict() for name, s in self.parts.schedules.items()},
+            "backend": self.backend.state_dict(),
+            "data": {
+                "manifest": self.data.shards.manifest.digest(),
+                "num_classes": self.data.table.num_classes,
+            },
+        }
+
+    def _load(self, folder: Path) -> None:
+        state = checkpoint.read_state(folder)
+        if state["data"]["manifest"] != self.data.shards.manifest.digest():
+            raise ConfigError(
+                f"`train.resume`: {folder} was trained on other data than `{self.config.data.dir}` (the "
+                "manifests differ). Restore the data, or start a new run with train.init_from."
+            )
+        for name, module in self.parts.modules.items():
+            checkpoint.load_module(module, folder, name)
+        for name, optimizer in self.parts.optimizers.items():
+            checkpoint.load_optimizer(optimizer, folder, name)
+        for name, schedule in self.parts.schedules.items():
+            schedule.load_state_dict(state["schedules"][name])
+        self.averages.load_state_dict(state["averages"])
+        self.backend.load_state_dict(state["backend"])
+        self.progress = Progress(**state["progress"])
+        log.info("Resumed from %s: epoch %d, step %d.", folder, self.progress.epoch, self.progress.step)
+
+    def _find_resume(self) -> Path | None:
+        setting = self.config.train.resume
+        if setting == "never":
+            return None
+        folder = (
+            checkpoint.newest_checkpoint(self.run_dir)
+            if setting == "auto"
+            else checkpoint.find_checkpoint(Path(setting))
+        )
+        if folder is not None:
+            checkpoint.verify(folder)
+        return folder
+
+    def _check_run_dir(self) -> None:
+        if self._resume_from is None and checkpoint.newest_checkpoint(self.run_dir) is not None:
+            raise ConfigError(
+                f"`run.dir` {self.run_dir} already holds a run: it would be overwritten. Continue it with "
+                "train.resume=auto, or choose another run.dir."
+            )
+
+    def _start_weights(self, modules: Mapping[str, torch.nn.Module]) -> None:
+        if self.config.train.init_from is None or self._resume_from is not None:
+            return
+        folder = checkpoint.find_checkpoint(Path(self.config.train.init_from))
+        checkpoint.verify(folder)
+        fresh = checkpoint.start_from(modules, folder)
+        log.info("Started from %s; fresh for the new classes: %s.", folder, ", ".join(fresh) or "none")
+
+    def _finish(self) -> dict[str, Any]:
+        steady = [total for total, _ in self._seconds[len(self._seconds) // 10 :]]
+        best_test = self.progress.best.get("test")
+        results = {
+            "last": self.progress.last.get("test"),
+            "best_validation": self.progress.best.get("validation"),
+            "best_test": None if best_test is None else best_test | {"note": SELECTION_NOTE},
+            "steps": self.progress.step,
+            "skipped_images": self.progress.skipped,
+            "seconds_per_step": statistics.median(steady) if steady else None,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+        partial = self.run_dir / f"{RESULTS_FILE}.partial"
+        partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.run_dir / RESULTS_FILE)
+        return results

@@ -1,0 +1,69 @@
+"""Package metadata; tool settings live in pyproject.toml, exact versions in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).parent / "README.md"
+GLYPHS = ["matplotlib>=3.8", "fonttools>=4.40"]
+PICTURES = ["matplotlib>=3.8"]
+
+setup(
+    name="gcahng",
+    version="0.1.0",
+    description="Hard negative generation on a graph of the batch (GCA-HNG) for metric learning",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(
+        include=["gcahng", "gcahng.*", "launch", "launch.*", "shards", "shards.*"]
+    ),
+    package_data={"gcahng": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "timm>=1.0",
+        "accelerate>=1.1",
+        "webdataset>=1.0",
+        "pyyaml>=6.0",
+        "safetensors>=0.4",
+        "numpy>=1.26",
+        "pillow>=10.3",
+        "tqdm>=4.66",
+        "tensorboard>=2.16",
+    ],
+    extras_require={
+        # Draw the embedded data set `glyphs` and the demo's picture.
+        "glyphs": GLYPHS,
+        # Neighbour pictures.
+        "pictures": PICTURES,
+        # Training through DeepSpeed.
+        "deepspeed": ["deepspeed>=0.19.4"],
+        # The plain edge-list graph on its usual kernels; compiles against the installed torch, so
+        # install it with --no-build-isolation (tools/build_scatter.sh keeps the wheel).
+        "scatter": ["torch_scatter>=2.1"],
+        # Metrics for a Prometheus server.
+        "prometheus": ["prometheus-client>=0.20"],
+        # `make test`.
+        "test": [
+            "pytest>=8.0",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "types-PyYAML>=6.0",
+            "pytorch-metric-learning>=2.5",
+            "build>=1.2",
+            "wheel>=0.43",
+            "setuptools>=77",
+        ],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,75 @@
+"""The group-major layout of a batch in any order, and what is refused."""
+
+import pytest
+import torch
+
+from gcahng.errors import InputError
+from gcahng.layout import check_embeddings, group_major
+
+
+def test_a_group_major_batch_keeps_its_order() -> None:
+    layout = group_major(torch.tensor([7, 2, 9, 7, 2, 9]))
+    assert (layout.num_classes, layout.num_samples) == (3, 2)
+    assert layout.order.tolist() == list(range(6))
+    assert layout.class_labels.tolist() == [7, 2, 9]
+
+
+def test_any_order_is_sorted_stably() -> None:
+    # Classes in the order of their first sample: 5, 1, 3; samples of a class in their own order.
+    labels = torch.tensor([5, 5, 1, 3, 1, 5, 3, 3, 1])
+    layout = group_major(labels)
+    assert layout.class_labels.tolist() == [5, 1, 3]
+    assert layout.order.tolist() == [0, 2, 3, 1, 4, 6, 5, 8, 7]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_permutation_gives_groups_of_all_classes(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.tensor([4, -1, 8, 30]).repeat(5)[torch.randperm(20, generator=draw)]
+    layout = group_major(labels)
+    assert sorted(layout.order.tolist()) == list(range(20))
+    groups = layout.order.view(5, 4)
+    assert (labels[groups] == layout.class_labels).all()
+    assert (groups[1:] > groups[:-1]).all()  # stable: earlier samples in earlier groups
+
+
+def test_one_class_and_one_sample() -> None:
+    assert group_major(torch.tensor([3, 3])).order.tolist() == [0, 1]
+    assert group_major(torch.tensor([3, 1])).num_samples == 1
+
+
+def test_classes_of_unequal_size_are_listed() -> None:
+    message = r"most classes have 2 samples, but class 4 has 1, class 9 has 3\. Use a class-balanced"
+    with pytest.raises(InputError, match=message):
+        group_major(torch.tensor([9, 9, 9, 4, 1, 1, 2, 2, 5, 5]))
+
+
+def test_a_long_list_of_offenders_is_cut() -> None:
+    labels = torch.cat([torch.arange(13), torch.arange(100, 120).repeat(2)])
+    with pytest.raises(InputError, match=r"class 9 has 1 and 3 more classes"):
+        group_major(labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool, torch.complex64])
+def test_labels_that_are_no_integers(dtype: torch.dtype) -> None:
+    with pytest.raises(InputError, match=rf"integer class numbers: expected int64, got {dtype}"):
+        group_major(torch.ones(4).to(dtype))
+
+
+def test_labels_of_a_wrong_shape() -> None:
+    with pytest.raises(InputError, match=r"expected shape \(2,\), got \(2, 2\)"):
+        group_major(torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"expected shape \(0,\), got \(\)"):
+        group_major(torch.tensor(3))
+
+
+def test_no_labels() -> None:
+    with pytest.raises(InputError, match="`labels` is empty: expected at least one sample"):
+        group_major(torch.empty(0, dtype=torch.int64))
+
+
+def test_embeddings_that_are_no_float_matrix() -> None:
+    check_embeddings(torch.ones(2, 3))
+    for wrong in (torch.ones(2), torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.int64)):
+        with pytest.raises(InputError, match=r"`gallery` must be a floating tensor of shape"):
+            check_embeddings(wrong, "gallery")
