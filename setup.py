@@ -14,7 +14,7 @@ setup(
     description="Hard negative generation on a graph of the batch (GCA-HNG) for metric learning",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(

@@ -29,6 +29,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("--check", action="store_true", help="try a few steps, predict cost, stop")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in run.dir")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_args(arguments)
@@ -43,7 +44,7 @@ def main() -> int:
             "Launch it with `accelerate launch --num_processes 1`."
         )
     config = load_config(options.config, options.overrides)
-    trainer = Trainer(config, progress_bars=not options.quiet)
+    trainer = Trainer(config, progress_bars=not options.quiet, overwrite=options.overwrite)
     if options.check:
         print(forecast(trainer).text())
         return 0

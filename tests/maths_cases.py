@@ -77,13 +77,10 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> None:
 def graph_of(size: Size, seed: int = 0, **options: object) -> GraphNetwork:
     """A graph network in float64 with random parameters, the same for every backend."""
     training_classes = max(size.training_classes, size.num_classes)
-    graph = GraphNetwork(size.dim, training_classes, size.layers, size.heads, **options).double()  # type: ignore[arg-type]
-    start = generator(seed)
-    with torch.no_grad():
-        for parameter in graph.parameters():
-            if parameter.dim() == 2:
-                values = torch.randn(parameter.shape, generator=start, dtype=torch.float64)
-                parameter.copy_(values / parameter.shape[1] ** 0.5)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        graph = GraphNetwork(size.dim, training_classes, size.layers, size.heads, **options)  # type: ignore[arg-type]
+    graph.double()
     randomise(graph, seed + 1)
     return graph
 

@@ -1,23 +1,15 @@
 """Conversion of a source to a shard folder: list, load in worker processes, write in order."""
 
 import hashlib
-import signal
-import threading
-from collections import Counter, deque
-from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import islice
-from multiprocessing import get_context, parent_process
-from os import _exit
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, get_args
 
 from tqdm import tqdm
 
-from gcahng.data.image_file import as_member
+from gcahng.data.image_loading import Loaded, load_all
 from gcahng.data.manifest import Manifest
 from gcahng.data.shard_writer import PartialFolder, Sample, ShardWriter
 from gcahng.data.sources import TRAIN, Fault, Source, SourceItem, seeded_order
@@ -25,14 +17,6 @@ from gcahng.errors import DataError, InputError
 
 OnError = Literal["fail", "skip"]
 DEFAULT_SHARD_BYTES = 256 << 20
-_CHUNK = 32  # items per message to a worker
-_CHUNKS_AHEAD = 4  # per worker: bounds the memory that finished images wait in
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    image: bytes
-    extension: str
 
 
 def convert(
@@ -65,41 +49,29 @@ def convert(
         InputError: An argument is out of range.
         DataError: The source or an image cannot be converted, or `out` is in the way.
     """
+    if on_error not in get_args(OnError):
+        raise InputError(f"`on_error` must be fail or skip, got {on_error!r}.")
     for name, value in (("workers", workers), ("shard_bytes", shard_bytes)):
         if value < 1:
             raise InputError(f"`{name}` must be at least 1, got {value}.")
+    faults = _Faults(on_error)
     with PartialFolder(Path(out), overwrite) as directory:
         listing = source.listing()
-        skipped = list(listing.faults)
-        if on_error == "fail" and skipped:
-            raise _fatal(skipped[0])
+        for fault in listing.faults:
+            faults.add(fault)
         items = _writing_order(listing.items, seed)
-        duplicates = _Duplicates()
         with (
             closing(ShardWriter(directory, shard_bytes)) as writer,
-            closing(_load_all(source, items, workers)) as loaded,
+            closing(load_all(source, items, workers)) as loaded,
         ):
             bar = tqdm(items, desc=source.name, unit="image", disable=not progress)
-            for item, result in zip(bar, loaded, strict=True):
-                if isinstance(result, Fault):
-                    if on_error == "fail":
-                        raise _fatal(result)
-                    skipped.append(result)
-                    continue
-                duplicates.add(item.class_name, result.image)
-                writer.write(
-                    Sample(result.image, result.extension, item.class_name, item.split, item.source)
-                )
+            duplicates = _write(writer, zip(bar, loaded, strict=True), faults)
             if not writer.num_samples:
                 raise DataError(
                     f"Source {source.name!r} has no readable images: expected at least 1, got "
-                    f"{len(skipped)} unreadable ones. Check --source."
+                    f"{len(faults.skipped)} unreadable ones. Check --source."
                 )
-            extra: dict[str, Any] = {
-                **listing.extra,
-                "duplicates": duplicates.count,
-                "skipped": [{"source": f.source, "reason": f.reason} for f in skipped],
-            }
+            extra = {**listing.extra, "duplicates": duplicates, "skipped": faults.skipped}
             return writer.finish(source.name, seed, extra)
 
 
@@ -129,11 +101,40 @@ def summary(manifest: Manifest, out: Path | str) -> str:
     return "\n".join(lines)
 
 
-def _fatal(fault: Fault) -> DataError:
-    return DataError(
-        f"Cannot convert {fault.source}: {fault.reason} (--on-error skip leaves such entries out "
-        "and lists them.)"
-    )
+class _Faults:
+    """Stops at a fault or collects it, as the user chose."""
+
+    def __init__(self, on_error: OnError) -> None:
+        self._on_error = on_error
+        self.skipped: list[dict[str, str]] = []
+
+    def add(self, fault: Fault) -> None:
+        if self._on_error == "fail":
+            raise DataError(
+                f"Cannot convert {fault.source}: {fault.reason} (--on-error skip leaves such "
+                "entries out and lists them.)"
+            )
+        self.skipped.append({"source": fault.source, "reason": fault.reason})
+
+
+def _write(
+    writer: ShardWriter, results: Iterable[tuple[SourceItem, Loaded | Fault]], faults: _Faults
+) -> int:
+    """Write all images; returns how many repeat an earlier one of their class byte by byte."""
+    duplicates, seen, current = 0, set[bytes](), ""
+    for item, result in results:
+        if isinstance(result, Fault):
+            faults.add(result)
+            continue
+        if item.class_name != current:
+            current, seen = item.class_name, set()
+        digest = hashlib.blake2b(result.image, digest_size=16).digest()
+        duplicates += digest in seen
+        seen.add(digest)
+        writer.write(
+            Sample(result.image, result.extension, item.class_name, item.split, item.source)
+        )
+    return duplicates
 
 
 def _writing_order(items: Sequence[SourceItem], seed: int) -> list[SourceItem]:
@@ -160,80 +161,3 @@ def _writing_order(items: Sequence[SourceItem], seed: int) -> list[SourceItem]:
         for class_name in seeded_order(names, seed, "order")
         for item in groups[split, class_name]
     ]
-
-
-class _Duplicates:
-    """Counts images that repeat an earlier one of their class byte by byte."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._class_name = ""
-        self._seen: set[bytes] = set()
-
-    def add(self, class_name: str, image: bytes) -> None:
-        if class_name != self._class_name:
-            self._class_name, self._seen = class_name, set()
-        digest = hashlib.blake2b(image, digest_size=16).digest()
-        self.count += digest in self._seen
-        self._seen.add(digest)
-
-
-def _load(source: Source, item: SourceItem) -> _Loaded | Fault:
-    try:
-        return _Loaded(*as_member(source.load(item)))
-    except OSError as error:
-        reason = f"the file cannot be read ({error.strerror or error}). Check its permissions."
-        return Fault(item.source, reason)
-    except DataError as error:
-        return Fault(item.source, str(error))
-
-
-def _load_all(
-    source: Source, items: Sequence[SourceItem], workers: int
-) -> Generator[_Loaded | Fault, None, None]:
-    """Results in the order of the items, however many processes work on them."""
-    if workers == 1:
-        for item in items:
-            yield _load(source, item)
-        return
-    chunks = (items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK))
-    # Spawned, not forked: the caller may have threads, and a fork copies their locks.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (source,))
-    try:
-        pending: deque[Future[list[_Loaded | Fault]]] = deque(
-            pool.submit(_load_chunk, chunk) for chunk in islice(chunks, workers * _CHUNKS_AHEAD)
-        )
-        while pending:
-            results = pending.popleft().result()
-            pending.extend(pool.submit(_load_chunk, chunk) for chunk in islice(chunks, 1))
-            yield from results
-    except BrokenProcessPool:
-        raise DataError(
-            "A conversion worker was killed, most likely for want of memory. Pass a smaller "
-            "--workers."
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_worker_source: Source | None = None
-
-
-def _start_worker(source: Source) -> None:
-    global _worker_source
-    _worker_source = source
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """Without this, workers of a killed conversion would wait for work for ever."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        _exit(1)
-
-
-def _load_chunk(items: Sequence[SourceItem]) -> list[_Loaded | Fault]:
-    assert _worker_source is not None
-    return [_load(_worker_source, item) for item in items]

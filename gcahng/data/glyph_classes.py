@@ -108,7 +108,9 @@ def group(glyphs: Iterable[Glyph], min_faces: int = 2, one_per_outline: bool = F
             classes.append(GlyphClass(leader, others, tuple(pictures)))
     dropped = {
         "without ink": [code_text(c) for c in without_ink],
-        f"with fewer than {min_faces} {'outlines' if one_per_outline else 'faces'}": [code_text(c) for c in sorted(few)],
+        f"with fewer than {min_faces} {'outlines' if one_per_outline else 'faces'}": [
+            code_text(c) for c in sorted(few)
+        ],
         "pictures of several classes": [f"{g.face} {code_text(g.code_point)}" for g in ambiguous],
     }
     return Inventory(tuple(classes), dropped)

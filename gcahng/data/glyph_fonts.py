@@ -89,7 +89,7 @@ def _read_face(path: Path) -> Iterator[Glyph]:
     # fontTools warns about odd dates in some of the faces; they do not matter here.
     logging.getLogger("fontTools").setLevel(logging.ERROR)
     try:
-        with TTFont(path, lazy=True) as font:
+        with path.open("rb") as file, TTFont(file, lazy=True) as font:
             characters, outlines = font.getBestCmap() or {}, _Outlines(font)
             for code_point, name in characters.items():
                 if _is_usable(path.stem, code_point):

@@ -1,4 +1,12 @@
-"""Writes WebDataset tars with indexes and a manifest; a folder appears only when it is whole."""
+"""Writes WebDataset tars with indexes and a manifest; a folder appears only when it is whole.
+
+A shard folder holds:
+- `shard-NNNNNN.tar`: plain tars that any WebDataset reader can stream. A sample's key is its number
+  with 9 digits, its members are KEY.jpg or KEY.png and KEY.json {class_id, class_name, split,
+  source}. All samples of a class lie together, and a tar holds one split.
+- `shard-NNNNNN.index.npy`: where each sample lies in that tar (`gcahng.data.shard_index`).
+- `manifest.json`: what is whole (`gcahng.data.manifest`).
+"""
 
 import hashlib
 import json
@@ -68,14 +76,14 @@ class PartialFolder:
         self._check_out()
         if self.overwrite and self.path.exists():
             shutil.rmtree(self.path)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir()
-        except FileExistsError:
+        if self.path.exists():
             raise DataError(
                 f"{self.path} exists: another conversion is writing there or one was killed. "
                 "Wait for it, or delete the folder, or pass --overwrite."
-            ) from None
+            )
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir()  # fails if another conversion made it since
         except OSError as error:
             raise DataError(
                 f"Cannot create {self.path} ({error.strerror}). Give another --out."

@@ -280,6 +280,13 @@ class GraphNetwork(nn.Module):
             raise InputError(
                 f"`z` must have shape (B, D) with B >= 2 and D = {self.embedding_dim}: got {tuple(z.shape)}."
             )
+        finite = torch.isfinite(z.detach()).all(1)
+        if not bool(finite.all()):
+            bad = torch.nonzero(~finite)[:, 0].tolist()
+            raise InputError(
+                f"`z` must be finite: {len(bad)} of {z.shape[0]} embeddings are not, the first at position {bad[0]}. "
+                "Check the images, or lower the learning rate."
+            )
 
 
 def _check_arguments(

@@ -139,7 +139,8 @@ def pair_plan(
         order: (B,) int64 permutation of the samples; class-major for generation, where a block must hold whole
             classes.
         block_size: b; the last block is padded.
-        share: (process, number of processes): every process takes each n-th of the diagonal and of the other pairs.
+        share: (process, number of processes): every process takes each n-th of the diagonal and of the other pairs,
+            so that the numbers of pairs differ by one at most.
         edges_per_chunk: Bound on n * b * b of a chunk (at least one block pair).
     """
     batch_size = order.numel()
@@ -153,11 +154,14 @@ def pair_plan(
     first, second = torch.triu_indices(num_blocks, num_blocks, offset=1, device=order.device)[
         :, rank::ranks
     ]
-    # Counted from the other end, so that the process with one off-diagonal pair more is not also the one with one
+    # Dealt to the processes in the opposite order, so that who has one off-diagonal pair more is not who has one
     # diagonal pair more.
-    diagonal = torch.arange(num_blocks, device=order.device).flip(0)[rank::ranks]
+    diagonal = torch.arange(num_blocks, device=order.device)[ranks - 1 - rank :: ranks]
     per_chunk = max(1, edges_per_chunk // block_size**2)
     chunks = [PairChunk(d, d, True) for d in diagonal.split(per_chunk) if d.numel()]
     pieces = zip(first.split(per_chunk), second.split(per_chunk), strict=True)
     chunks += [PairChunk(i, j, False) for i, j in pieces if i.numel()]
+    if not chunks:
+        # More processes than pairs: an empty chunk, whose sums are zeros of the right shape.
+        chunks = [PairChunk(diagonal, diagonal, True)]
     return PairPlan(batch_size, block_size, order, valid, tuple(chunks))

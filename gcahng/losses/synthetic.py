@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gcahng.errors import InputError
+from gcahng.layout import check_labels, group_major
 from gcahng.losses.n_pair import LENGTH_WEIGHT
 
 
@@ -34,13 +36,37 @@ def synthetic_loss_from_scores(
     return F.cross_entropy(logits, own) + LENGTH_WEIGHT * (anchor_lengths + candidate_lengths)
 
 
+def _group_major_rows(
+    z: Tensor, synthetic: Tensor, labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Both with their rows group-major; columns already stand in the order of first appearance."""
+    if synthetic.dim() != 3 or synthetic.shape[::2] != z.shape:
+        raise InputError(
+            f"`synthetic` must have shape (B, P, D) with B, D = {tuple(z.shape)}: got {tuple(synthetic.shape)}."
+        )
+    if labels is None:
+        return z, synthetic
+    check_labels(labels, z.shape[0])
+    order = group_major(labels).order
+    return z[order], synthetic[order]
+
+
 def _own_class(synthetic: Tensor) -> Tensor:
     batch, classes = synthetic.shape[:2]
     return F.one_hot(torch.arange(batch, device=synthetic.device) % classes, classes).bool()
 
 
-def synthetic_n_pair_loss(z: Tensor, synthetic: Tensor) -> Tensor:
-    """J_syn from a full (B, P, D) table of synthetic negatives, see `synthetic_loss_from_scores`."""
+def synthetic_n_pair_loss(z: Tensor, synthetic: Tensor, labels: Tensor | None = None) -> Tensor:
+    """J_syn from a full table of synthetic negatives, see `synthetic_loss_from_scores`.
+
+    Args:
+        z: (B, D).
+        synthetic: (B, P, D) as `gcahng.generation.generate_negatives` makes it.
+        labels: (B,) int64 for a batch in any order; without them the batch must be group-major.
+    Raises:
+        InputError: Shapes do not fit, or the classes have different numbers of samples.
+    """
+    z, synthetic = _group_major_rows(z, synthetic, labels)
     others = ~_own_class(synthetic)
     scores = torch.einsum("id,ipd->ip", z, synthetic)
     square_sum = (synthetic.square().sum(-1) * others).sum()
@@ -52,11 +78,15 @@ def classification_loss(logits: Tensor, class_labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), class_labels.expand(logits.shape[:2]).flatten())
 
 
-def similarity_loss(z: Tensor, synthetic: Tensor) -> Tensor:
+def similarity_loss(z: Tensor, synthetic: Tensor, labels: Tensor | None = None) -> Tensor:
     """J_sim: 1 - cos(z_i, synthetic_{i,p}), own-class entries 0, mean over all B * P entries.
 
     Differs from the released code, which zeroes other entries by an index slip.
+
+    Args:
+        z, synthetic, labels: As in `synthetic_n_pair_loss`.
     """
+    z, synthetic = _group_major_rows(z, synthetic, labels)
     away = 1 - F.cosine_similarity(z[:, None], synthetic, dim=-1)
     return (away * ~_own_class(synthetic)).mean()
 

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 import timm
-from torch import Tensor, nn
+from torch import Tensor
 
 from gcahng.errors import ConfigError, InputError
 from gcahng.models.backbone import Backbone
@@ -38,15 +38,14 @@ class TimmBackbone(Backbone):
                 f"timm has no published weights for backbone `{name}`. Choose another tag, set "
                 "model.pretrained=false, or pass model.weights=FILE."
             )
-        network: Any = _create(name, download, arguments)
-        # Some networks read their class token in the head only when it pools.
-        self._whole = not hasattr(network, "head_dist")
-        width = getattr(network, "head_hidden_size", None) if self._whole else None
+        network, whole = _create(name, download, arguments)
+        width = getattr(network, "head_hidden_size", None) if whole else None
         prefix = getattr(network, "num_prefix_tokens", None)
         if prefix is None:
             prefix = int(hasattr(network, "cls_token"))
         super().__init__(network, int(width or network.num_features), int(prefix))
         self.name = name
+        self._whole = whole
         self._channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
         if weights is not None:
             convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
@@ -92,11 +91,19 @@ def _is_hub(name: str) -> bool:
     return name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
 
 
-def _create(name: str, download: bool, arguments: dict[str, Any]) -> nn.Module:
+def _create(name: str, download: bool, arguments: dict[str, Any]) -> tuple[Any, bool]:
+    """The network, and whether calling it whole gives features.
+
+    Without its pooling a network may still hold layers between features and classifier (a norm, a
+    convolution): those belong to the features. A few networks cannot be built without pooling; of
+    them only `forward_features` is used.
+    """
+    known = {"pretrained": download, "num_classes": 0, **arguments}
     try:
-        network: nn.Module = timm.create_model(
-            name, pretrained=download, num_classes=0, global_pool="", **arguments
-        )
+        try:
+            return timm.create_model(name, global_pool="", **known), True
+        except AssertionError:
+            return timm.create_model(name, **known), False
     except TypeError as error:
         raise ConfigError(
             f"Backbone `{name}` does not take model.backbone_args {arguments!r}: {error}. Remove "
@@ -116,7 +123,6 @@ def _create(name: str, download: bool, arguments: dict[str, Any]) -> nn.Module:
             f"{type(error).__name__}: {_first_line(error)}. Correct model.backbone_args, or choose "
             "another backbone."
         ) from error
-    return network
 
 
 def _first_line(error: Exception) -> str:

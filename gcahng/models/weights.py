@@ -60,7 +60,8 @@ def load_weights(
     wanted = network.state_dict()
     if convert is not None:
         state = _converted(state, network, convert, title)
-    dropped = [key for key in state if key not in wanted and key.startswith(_HEAD_PREFIXES)]
+    extra = sorted(key for key in state if key not in wanted)
+    dropped = [key for key in extra if key.startswith(_HEAD_PREFIXES)]
     state = {key: tensor for key, tensor in state.items() if key not in dropped}
     faults = _mismatches(state, wanted)
     if faults:

@@ -2,7 +2,7 @@
 
 `step-N/` holds `<part>.safetensors` for every module, `optimizer-<part>.pt` for every optimiser, `state.json`
 (counters, averages, schedules, classes), `config.yaml`, and `manifest.json` with the size and sha256 of each file.
-It is written as `step-N.partial` and renamed. Links `last`, `best` and `best_test` beside it name the folders a
+It is written as `step-N.partial` and renamed; a write that fails leaves nothing behind. Links `last`, `best` and `best_test` beside it name the folders a
 reader wants. Nothing in it is unpickled without torch's `weights_only`.
 """
 
@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gcahng.errors import ConfigError, DataError
+from gcahng.errors import ConfigError, DataError, TrainingError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
-CLASS_DEPENDENT = ("node_classifier.weight", "node_classifier.bias", "weight", "bias", "proxies")
+LINKS = ("last", "best", "best_test")
+PARTIAL = ".partial"
 
 
 def save_checkpoint(
@@ -36,33 +38,52 @@ def save_checkpoint(
     state: Mapping[str, Any],
     config_yaml: str,
 ) -> Path:
-    """Write `run_dir/step-N` and return it; an existing folder of that name is replaced."""
+    """Write `run_dir/step-N` and return it; an existing folder of that name is replaced.
+
+    Raises:
+        TrainingError: It cannot be written (a full disk, say); what stood in `run_dir` is as before.
+    """
     target = run_dir / f"step-{step}"
-    partial = run_dir / f"step-{step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = run_dir / f"step-{step}{PARTIAL}"
+    for left_over in run_dir.glob(f"step-*{PARTIAL}"):  # of a killed process
+        shutil.rmtree(left_over, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        _write_parts(partial, modules, optimizers)
+        (partial / STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        (partial / CONFIG).write_text(config_yaml, encoding="utf-8")
+        listing = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+        for file in partial.iterdir():
+            _sync(file)
+        _sync(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        _sync(run_dir)
+    # Beside OSError: safetensors and torch.save have their own errors for a disk that refuses.
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingError(
+            f"Checkpoint {target} cannot be written ({error}). Make room or repair the disk, then go on from the "
+            "newest whole checkpoint with train.resume=auto."
+        ) from error
+    return target
+
+
+def _write_parts(
+    folder: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
+) -> None:
     for name, module in modules.items():
         tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
         if tensors:
-            save_file(tensors, partial / f"{name}.safetensors")
+            save_file(tensors, folder / f"{name}.safetensors")
     for name, optimizer in optimizers.items():
-        torch.save(optimizer.state_dict(), partial / f"optimizer-{name}.pt")
-    (partial / STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    (partial / CONFIG).write_text(config_yaml, encoding="utf-8")
-    listing = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(partial.iterdir())}
-    (partial / MANIFEST).write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
-    for file in partial.iterdir():
-        _sync(file)
-    _sync(partial)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    _sync(run_dir)
-    return target
+        torch.save(optimizer.state_dict(), folder / f"optimizer-{name}.pt")
 
 
 def point(run_dir: Path, name: str, target: Path) -> None:
     """Make the link `run_dir/name` name the checkpoint folder `target`, in one move."""
-    temporary = run_dir / f"{name}.partial"
+    temporary = run_dir / f"{name}{PARTIAL}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
     temporary.replace(run_dir / name)
@@ -70,11 +91,21 @@ def point(run_dir: Path, name: str, target: Path) -> None:
 
 def prune(run_dir: Path, keep_last: int) -> None:
     """Remove all but the newest `keep_last` checkpoints; folders that a link names stay."""
-    kept = {link.resolve().name for link in run_dir.iterdir() if link.is_symlink()}
-    folders = sorted(run_dir.glob("step-*[0-9]"), key=lambda f: int(f.name.split("-")[1]))
+    kept = {(run_dir / name).resolve() for name in LINKS}
+    folders = _step_folders(run_dir)
     for folder in folders[: max(0, len(folders) - keep_last)]:
-        if folder.name not in kept:
+        if folder.resolve() not in kept:
             shutil.rmtree(folder)
+
+
+def clear_run(run_dir: Path) -> None:
+    """Remove the checkpoints and their links; other files of a run are replaced as a new one writes them."""
+    for entry in run_dir.iterdir():
+        if entry.is_symlink() and entry.name in LINKS:
+            entry.unlink()
+        elif entry.is_dir() and (_step_number(entry) is not None or entry.name == "tensorboard"):
+            shutil.rmtree(entry)
+    (run_dir / "results.json").unlink(missing_ok=True)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -160,40 +191,68 @@ def load_optimizer(optimizer: Optimizer, folder: Path, name: str) -> None:
     optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
 
-def start_from(modules: Mapping[str, nn.Module], folder: Path) -> list[str]:
-    """Start from a checkpoint's weights; what depends on the class set stays fresh if its shape differs.
+def start_from(modules: Mapping[str, nn.Module], folder: Path, *, same_classes: bool) -> list[str]:
+    """Start from a checkpoint's weights; what depends on the class set stays fresh if that is another one.
+
+    The backbone with its head and the body of the graph network must fit exactly. The classifier, the graph's node
+    classifier and the metric loss (proxies) are loaded if the classes are the same and everything fits.
 
     Args:
         modules: Parts of the new run.
         folder: Verified checkpoint.
+        same_classes: Whether label n means the same class in both runs.
     Returns:
         Names of entries that were left fresh.
     Raises:
-        ConfigError: Anything else differs.
+        ConfigError: Names or shapes differ elsewhere.
     """
     fresh = []
     for name, module in modules.items():
         saved, own = read_tensors(folder, name), module.state_dict()
-        for key, value in own.items():
-            if key in saved and saved[key].shape == value.shape:
-                continue
-            by_class = key in CLASS_DEPENDENT and name != "metric_model"
-            if not by_class and saved:
-                got = tuple(saved[key].shape) if key in saved else "nothing"
+        loaded = {}
+        for key in sorted(own.keys() | saved.keys()):
+            fits = key in saved and key in own and saved[key].shape == own[key].shape
+            if not saved or _is_of_classes(name, key):
+                if fits and same_classes:
+                    loaded[key] = saved[key]
+                elif key in own:
+                    fresh.append(f"{name}.{key}")
+            elif fits:
+                loaded[key] = saved[key]
+            else:
                 raise ConfigError(
-                    f"`train.init_from` {folder} does not fit part `{name}`: {key} expected shape "
-                    f"{tuple(value.shape)}, got {got}. Use the same model and graph settings."
+                    f"`train.init_from` {folder} does not fit part `{name}`: {key} expected "
+                    f"{_shape(own, key)}, got {_shape(saved, key)}. Use the same model and graph settings."
                 )
-            fresh.append(f"{name}.{key}")
-        fitting = {key: saved[key] for key in own if f"{name}.{key}" not in fresh}
-        module.load_state_dict(fitting, strict=False)
+        module.load_state_dict(loaded, strict=False)
     return fresh
+
+
+def _is_of_classes(part: str, key: str) -> bool:
+    return part in ("classifier", "metric_loss") or (part == "graph" and key.startswith("node_classifier."))
+
+
+def _shape(tensors: Mapping[str, Tensor], key: str) -> str:
+    return f"shape {tuple(tensors[key].shape)}" if key in tensors else "nothing"
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
-    folders = [f for f in run_dir.glob("step-*") if f.name[5:].isdigit() and (f / MANIFEST).is_file()]
-    return max(folders, key=lambda f: int(f.name[5:]), default=None)
+    return next((f for f in reversed(_step_folders(run_dir)) if (f / MANIFEST).is_file()), None)
+
+
+def _step_folders(run_dir: Path) -> list[Path]:
+    """The folders step-N, by N."""
+    numbers = {folder: _step_number(folder) for folder in run_dir.glob("step-*")}
+    whole = [(number, f) for f, number in numbers.items() if number is not None and f.suffix != PARTIAL]
+    return [folder for _, folder in sorted(whole)]
+
+
+def _step_number(path: Path) -> int | None:
+    """N of step-N and step-N.partial; None for other names."""
+    digits = path.name.removesuffix(PARTIAL).removeprefix("step-")
+    is_step = path.name.startswith("step-") and digits.isascii() and digits.isdigit()
+    return int(digits) if is_step else None
 
 
 def _sha256(file: Path) -> str:

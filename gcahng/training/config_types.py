@@ -50,7 +50,7 @@ _PLURALS = {int: "whole numbers", float: "numbers"}
 def _convert_choice(value: Any, choices: tuple[str, ...]) -> Any:
     if isinstance(value, str) and value in choices:
         return value
-    near = difflib.get_close_matches(str(value), choices, n=1)
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.7)
     hint = f" (did you mean `{near[0]}`?)" if near else ""
     raise Mismatch(f"one of {', '.join(choices)}{hint}")
 

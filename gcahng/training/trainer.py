@@ -57,16 +57,20 @@ class Progress:
 class Trainer:
     """Builds everything a configuration names and runs it."""
 
-    def __init__(self, config: Config, *, progress_bars: bool = True) -> None:
+    def __init__(
+        self, config: Config, *, progress_bars: bool = True, overwrite: bool = False
+    ) -> None:
         """
         Args:
             config: A checked configuration.
             progress_bars: Show bars on stderr.
+            overwrite: Replace a run that `run.dir` holds, when training starts.
         Raises:
             InputError: Data, weights or settings cannot be used; nothing has been written.
         """
         self.config = config
         self.bars = progress_bars
+        self.overwrite = overwrite
         self.run_dir = Path(config.run.dir)
         self.device = choose_device(config.train.device)
         self.data: RunData = open_data(config)
@@ -88,6 +92,8 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the last epoch and return what `results.json` holds."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        if self.overwrite:
+            checkpoint.clear_run(self.run_dir)
         (self.run_dir / checkpoint.CONFIG).write_text(resolved_yaml(self.config), encoding="utf-8")
         resumed = self.progress.step if self._resume_from is not None else None
         with RunLog(self.run_dir, from_step=resumed) as run_log:
@@ -227,7 +233,7 @@ class Trainer:
 
     def _find_resume(self) -> Path | None:
         setting = self.config.train.resume
-        if setting == "never":
+        if setting == "never" or self.overwrite:
             return None
         folder = (
             checkpoint.newest_checkpoint(self.run_dir)
@@ -239,10 +245,12 @@ class Trainer:
         return folder
 
     def _check_run_dir(self) -> None:
-        if self._resume_from is None and checkpoint.newest_checkpoint(self.run_dir) is not None:
+        if self.overwrite or self._resume_from is not None:
+            return
+        if checkpoint.newest_checkpoint(self.run_dir) is not None:
             raise ConfigError(
-                f"`run.dir` {self.run_dir} already holds a run: it would be overwritten. Continue it with "
-                "train.resume=auto, or choose another run.dir."
+                f"`run.dir` {self.run_dir} already holds a run. Continue it with train.resume=auto, replace "
+                "it with --overwrite, or choose another run.dir."
             )
 
     def _start_weights(self, modules: Mapping[str, torch.nn.Module]) -> None:

@@ -1,0 +1,111 @@
+"""Batches at the edge of the definition: constant embeddings, duplicates, one class, two samples."""
+
+import pytest
+import torch
+from maths_cases import Size, assert_close, batch_of, graph_of, plan_of, results
+from torch import Tensor
+
+from gcahng.graph.edge_stage import unit_centred
+from gcahng.graph.reference import initial_edges
+
+SIZE = Size(4, 2, 12, 2, 2)
+BACKENDS = pytest.mark.parametrize("backend", ["pairs", "scatter"])
+
+
+def assert_finite(found: dict[str, Tensor]) -> None:
+    for name, value in found.items():
+        assert torch.isfinite(value).all(), name
+
+
+def cosine_edges(z: Tensor) -> Tensor:
+    """x_i * x_j / (|x_i| |x_j|) pair by pair, x centred over the channels: (B, B, D)."""
+    centred = [row - row.mean() for row in z]
+    return torch.stack(
+        [torch.stack([a * b / (a.norm() * b.norm()) for b in centred]) for a in centred]
+    )
+
+
+def test_first_edges_sum_to_the_correlation() -> None:
+    z, _ = batch_of(SIZE)
+    row, column = (t.flatten() for t in torch.meshgrid(*[torch.arange(8)] * 2, indexing="ij"))
+    edges = initial_edges(z, row, column).view(8, 8, -1)
+    torch.testing.assert_close(edges.sum(-1), torch.corrcoef(z), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(edges, cosine_edges(z), rtol=1e-12, atol=1e-14)
+    unit = unit_centred(z)
+    torch.testing.assert_close(unit[:, None] * unit[None], edges, rtol=1e-12, atol=1e-14)
+
+
+@BACKENDS
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.3, -1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_embedding_is_finite(backend: str, value: float, dtype: torch.dtype) -> None:
+    z, labels = batch_of(SIZE)
+    z[3] = value
+    graph = graph_of(SIZE, backend=backend).to(dtype)
+    assert_finite(results(graph, z.to(dtype), labels, dropout_key=1))
+
+
+def test_a_constant_embedding_has_zero_edges_and_no_gradient_through_them() -> None:
+    z, _ = batch_of(SIZE)
+    z[3] = 2.0
+    z.requires_grad_()
+    unit = unit_centred(z)
+    assert float(unit[3].detach().abs().max()) == 0
+    (gradient,) = torch.autograd.grad((unit * torch.arange(12)).sum(), z)
+    assert float(gradient[3].abs().max()) == 0
+    assert bool((gradient[[0, 1, 2, 4]].abs().amax(1) > 0).all())
+
+
+def test_backends_agree_on_a_constant_embedding() -> None:
+    z, labels = batch_of(SIZE)
+    z[3] = 2.0
+    want, got = (
+        graph_of(SIZE, backend=backend)(z, labels, dropout_key=1) for backend in ("scatter", "pairs")
+    )
+    assert_close(
+        {"logits": got.node_logits, "coefficients": got.pull_coefficients},
+        {"logits": want.node_logits, "coefficients": want.pull_coefficients},
+    )
+
+
+@pytest.mark.parametrize("same_class", [True, False])
+def test_duplicate_images(same_class: bool) -> None:
+    z, labels = batch_of(SIZE)
+    z[5 if same_class else 2] = z[1]
+    fast, plain = graph_of(SIZE, backend="pairs"), graph_of(SIZE, backend="scatter")
+    got = results(fast, z, labels, dropout_key=1, plan=plan_of(SIZE))
+    assert_finite(got)
+    assert_close(got, results(plain, z, labels, dropout_key=1))
+
+
+def test_all_images_alike() -> None:
+    # Every edge is the same, the read-out has variance 0: both paths divide by sqrt(eps).
+    z, labels = batch_of(SIZE)
+    z = z[:1].expand(8, -1)
+    for backend in ("pairs", "scatter"):
+        assert_finite(results(graph_of(SIZE, backend=backend, dropout=0.0), z, labels))
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_few_classes(classes: int) -> None:
+    size = Size(classes, 3, 8, 2, 2)
+    z, labels = batch_of(size)
+    fast, plain = graph_of(size, backend="pairs"), graph_of(size, backend="scatter")
+    got = results(fast, z, labels, dropout_key=1, plan=plan_of(size))
+    assert_finite(got)
+    assert_close(got, results(plain, z, labels, dropout_key=1))
+
+
+def test_two_samples_are_the_smallest_batch() -> None:
+    size = Size(1, 2, 8, 1, 2)
+    z, labels = batch_of(size)
+    fast, plain = graph_of(size, backend="pairs"), graph_of(size, backend="scatter")
+    assert_close(results(fast, z, labels, dropout_key=1), results(plain, z, labels, dropout_key=1))
+
+
+@BACKENDS
+def test_large_and_small_embeddings_stay_finite_in_float32(backend: str) -> None:
+    z, labels = batch_of(SIZE)
+    graph = graph_of(SIZE, backend=backend).float()
+    for scale in (1e-9, 1e6):
+        assert_finite(results(graph, (scale * z).float(), labels, dropout_key=1))

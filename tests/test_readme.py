@@ -1,0 +1,38 @@
+"""The README's code runs, and the paths it names exist."""
+
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_loop_runs_and_trains() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    torch.manual_seed(0)
+    labels = torch.arange(6).repeat(3)[torch.randperm(18)]
+    images = torch.randn(18, 3, 32, 32)
+    scope: dict[str, object] = {"batches": [(images, labels)] * 3}
+    exec(code, scope)
+    loss = scope["loss"]
+    assert isinstance(loss, torch.Tensor) and torch.isfinite(loss)
+    graph = scope["graph"]
+    assert isinstance(graph, torch.nn.Module)
+    assert all(torch.isfinite(p).all() for p in graph.parameters())
+    hard = scope["hard"]
+    assert isinstance(hard, torch.Tensor) and hard.shape == (18, 6, 64)
+
+
+def test_the_tree_and_the_commands_name_what_exists() -> None:
+    (tree,) = re.findall(r"## Tree\n```\n(.*?)```", README, re.DOTALL)
+    for folder in re.findall(r"(?:^|\s)([a-z]+/(?:[a-z]+/)?)(?=\s)", tree):
+        assert (ROOT / folder).is_dir(), folder
+    for path in re.findall(r"(?<![\w.-])((?:configs|launch|docs|tests|benchmarks|gcahng)/[\w/.]+\.\w+)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_it_opens_with_the_two_commands() -> None:
+    head = "\n".join(README.splitlines()[:12])
+    assert "make demo" in head and "make test" in head
