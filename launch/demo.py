@@ -1,18 +1,16 @@
 """The demonstration behind `make demo`: `python -m launch.demo [--seed N] [section.key=value ...]`."""
 
 import argparse
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-if __package__ in (None, ""):  # started as a file: make the checkout importable
-    sys.path.insert(0, str(ROOT))
 
 from gcahng.training.demo import DemoPaths, run_demo
 from launch.cli import run
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(prog="launch/demo.py", description="Baseline against GCA-HNG.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=DemoPaths.data, help="shard folder")
@@ -22,10 +20,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
+    """Run the command; returns the exit status."""
     options = parse()
-    paths = DemoPaths(
-        ROOT / "configs" / "demo.yaml", ROOT / "launch" / "train.py", options.data, options.runs
-    )
+    paths = DemoPaths(ROOT / "configs" / "demo.yaml", ROOT / "launch" / "train.py", options.data, options.runs)
     run_demo(paths, options.seed, tuple(options.overrides))
     return 0
 

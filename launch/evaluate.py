@@ -6,18 +6,16 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # started as a file: make the checkout importable
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from gcahng.errors import ConfigError
 from gcahng.training.evaluate_checkpoint import evaluate_checkpoint
 from gcahng.training.results import metric_columns
 from launch.cli import run
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(prog="launch/evaluate.py", description="Retrieval metrics.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="run folder")
@@ -27,15 +25,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the metrics to this file")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def main() -> int:
+    """Run the command; returns the exit status."""
     options = parse()
     path = options.checkpoint or options.run / options.which
+    if options.json is not None and not options.json.parent.is_dir():
+        raise ConfigError(f"`--json` {options.json}: the folder does not exist. Create it first.")
     overrides = list(options.overrides)
     if options.data is not None:
-        overrides.append(f"data.dir={json.dumps(options.data)}")
+        overrides.append(f"data.dir={json.dumps(options.data, ensure_ascii=False)}")
     row = evaluate_checkpoint(path, overrides, progress_bars=not options.quiet)
     print("  ".join(f"{name} {value:.2f}" for name, value in metric_columns(row).items()))
     print(f"{row['num_queries']} queries, {row['num_without_reference']} without a reference")

@@ -6,11 +6,6 @@ predicts time and memory, and stops.
 
 import argparse
 import os
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):  # started as a file: make the checkout importable
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gcahng.errors import ConfigError
 from gcahng.training.config import load_config, settings_help
@@ -21,6 +16,7 @@ from launch.cli import run
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(
         prog="launch/train.py",
         description="Train a metric model.",
@@ -32,10 +28,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace the run in run.dir")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def main() -> int:
+    """Run the command; returns the exit status."""
     options = parse()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes != 1:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from golden_replay import TOLERANCE, replay  # noqa: E402
+from golden_replay import TOLERANCE, replay
 
 
 def main(paths: list[str]) -> int:

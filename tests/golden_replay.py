@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from golden_names import graph_name
 from torch import Tensor, nn
 
 from gcahng import losses, metrics
@@ -24,7 +25,6 @@ from gcahng.training.backend import PlainBackend
 from gcahng.training.config_schema import OptimizerConfig
 from gcahng.training.optimizers import build_optimizer
 from gcahng.training.step import StepSettings, TrainingStep
-from golden_names import graph_name
 
 TOLERANCE = 1e-9
 
@@ -42,9 +42,7 @@ class Comparison:
         got = torch.as_tensor(got, dtype=torch.float64).detach()
         wanted = torch.as_tensor(np.asarray(want), dtype=torch.float64)
         if got.shape != wanted.shape:
-            raise AssertionError(
-                f"{name}: got shape {tuple(got.shape)}, golden {tuple(wanted.shape)}"
-            )
+            raise AssertionError(f"{name}: got shape {tuple(got.shape)}, golden {tuple(wanted.shape)}")
         self.rows.append((name, family or name, got, wanted))
 
     def errors(self) -> Iterator[tuple[str, float]]:
@@ -86,9 +84,7 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(array))
 
 
-def _state(
-    golden: dict[str, np.ndarray], prefix: str, rename: Callable[[str], str | None]
-) -> dict[str, Tensor]:
+def _state(golden: dict[str, np.ndarray], prefix: str, rename: Callable[[str], str | None]) -> dict[str, Tensor]:
     state = {}
     for key, value in golden.items():
         name = rename(key.removeprefix(prefix)) if key.startswith(prefix) else None
@@ -173,9 +169,7 @@ def replay_stage(golden: dict[str, np.ndarray], backend: str, compare: Compariso
         z, plan, config.num_samples, Interpolation(config.alpha, config.mean_metric_loss), weights
     )
     sums = synthetic_scores(batch, coefficients)
-    by_blocks = losses.synthetic_loss_from_scores(
-        z, sums.scores, sums.square_sum, config.num_samples
-    )
+    by_blocks = losses.synthetic_loss_from_scores(z, sums.scores, sums.square_sum, config.num_samples)
     for name, loss in (
         ("table", losses.synthetic_n_pair_loss(z, synthetic)),
         ("blocks", by_blocks),
@@ -192,9 +186,7 @@ def replay_stage(golden: dict[str, np.ndarray], backend: str, compare: Compariso
     named = {n: p for n, p in graph.named_parameters() if p.requires_grad}
     for name, loss in (("table", losses.diversity_loss(table)), ("blocks", by_blocks)):
         compare.add(f"loss_diversity ({name})", loss, golden["stage/loss_diversity"])
-        gradients = torch.autograd.grad(
-            loss, list(named.values()), retain_graph=True, allow_unused=True
-        )
+        gradients = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
         got = dict(zip(named, gradients, strict=True))
         for key in [k for k in golden if k.startswith("stage/grad_div/")]:
             ours = graph_name(key.removeprefix("stage/grad_div/"))
@@ -226,9 +218,7 @@ def _golden_backend(golden: dict[str, np.ndarray], backend: str) -> PlainBackend
     return PlainBackend(modules | {"metric_loss": losses.NPairPlusLoss()}, optimizers, gates)
 
 
-def replay_iterations(
-    golden: dict[str, np.ndarray], graph_backend: str, compare: Comparison
-) -> None:
+def replay_iterations(golden: dict[str, np.ndarray], graph_backend: str, compare: Comparison) -> None:
     """Whole iterations with AdamW, then the parameters they end at."""
     config = GoldenConfig.of(golden["config"])
     backend = _golden_backend(golden, graph_backend)
@@ -279,9 +269,7 @@ def replay_iterations(
         for key in [k for k in golden if k.startswith(f"final/{prefix}")]:
             ours = rename(key.removeprefix(f"final/{prefix}"))
             if ours is not None:
-                compare.add(
-                    f"final {part} {ours}", state[ours].double(), golden[key], _family(part, ours)
-                )
+                compare.add(f"final {part} {ours}", state[ours].double(), golden[key], _family(part, ours))
 
 
 def _family(part: str, name: str) -> str:
@@ -336,6 +324,4 @@ def replay(path: Path) -> list[tuple[str, float]]:
         compare = Comparison()
         replay_retrieval(golden, compare)
         return list(compare.errors())
-    raise ValueError(
-        f"{path}: neither a configuration file (`config`) nor a retrieval file (`self_x`)"
-    )
+    raise ValueError(f"{path}: neither a configuration file (`config`) nor a retrieval file (`self_x`)")

@@ -48,9 +48,7 @@ def _classes(batch: BatchSynthesis, block: SyntheticBlock) -> tuple[Tensor, Tens
     inside = torch.arange(batch.plan.block_size, device=device) // batch.num_samples
     anchor_class = block.anchors[:, None] * per_block + inside
     entry_class = block.classes[:, None] * per_block + torch.arange(per_block, device=device)
-    real = (anchor_class < batch.num_classes)[:, :, None] & (entry_class < batch.num_classes)[
-        :, None, :
-    ]
+    real = (anchor_class < batch.num_classes)[:, :, None] & (entry_class < batch.num_classes)[:, None, :]
     return anchor_class[:, :, None], entry_class[:, None, :], real
 
 
@@ -99,18 +97,10 @@ def generation_sums(
 
 def coefficient_row_sums(coefficients: Coefficients, plan: PairPlan) -> Tensor:
     """Partial sums over the negatives of each anchor's coefficients: (B, D)."""
-    valid = (
-        plan.valid_blocks(next(coefficients.ordered()).values.dtype)
-        if plan.valid is not None
-        else None
-    )
+    valid = plan.valid_blocks(next(coefficients.ordered()).values.dtype) if plan.valid is not None else None
     sums: Tensor | None = None
     for block in coefficients.ordered():
-        values = (
-            block.values
-            if valid is None
-            else block.values * valid[block.negatives][:, None, :, None]
-        )
+        values = block.values if valid is None else block.values * valid[block.negatives][:, None, :, None]
         if sums is None:
             sums = values.new_zeros(plan.num_blocks, plan.block_size, values.shape[-1])
         sums = sums.index_add(0, block.anchors, values.sum(2))
@@ -130,8 +120,6 @@ def coefficient_spread(coefficients: Coefficients, row_mean: Tensor, plan: PairP
     for block in coefficients.ordered():
         squares = (block.values - means[block.anchors][:, :, None]).square().sum(-1)
         if valid is not None:
-            squares = (
-                squares * valid[block.anchors][:, :, None] * valid[block.negatives][:, None, :]
-            )
+            squares = squares * valid[block.anchors][:, :, None] * valid[block.negatives][:, None, :]
         total = total + squares.sum()
     return total

@@ -21,11 +21,7 @@ def class_major_plan(
     share: tuple[int, int] = (0, 1),
 ) -> PairPlan:
     """A plan for a group-major batch whose blocks hold whole classes, so that fusion stays inside a block."""
-    order = (
-        torch.arange(num_classes * num_samples, device=device)
-        .view(num_samples, num_classes)
-        .T.reshape(-1)
-    )
+    order = torch.arange(num_classes * num_samples, device=device).view(num_samples, num_classes).T.reshape(-1)
     return pair_plan(order, block_classes(num_classes, num_samples) * num_samples, share=share)
 
 
@@ -73,9 +69,7 @@ class BatchSynthesis:
     shares: Tensor
 
     @classmethod
-    def of(
-        cls, z: Tensor, plan: PairPlan, num_samples: int, rule: Interpolation, weights: Tensor
-    ) -> "BatchSynthesis":
+    def of(cls, z: Tensor, plan: PairPlan, num_samples: int, rule: Interpolation, weights: Tensor) -> "BatchSynthesis":
         """Prepare a batch.
 
         Args:

@@ -38,9 +38,7 @@ class Interpolation:
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise InputError(f"`alpha` must be a finite number >= 0: got {self.alpha}.")
         if math.isnan(self.mean_metric_loss):
-            raise InputError(
-                "`mean_metric_loss` is not a number: the previous epoch's metric loss diverged."
-            )
+            raise InputError("`mean_metric_loss` is not a number: the previous epoch's metric loss diverged.")
 
     @property
     def factor(self) -> float:
@@ -49,9 +47,7 @@ class Interpolation:
 
     def distance_space(self, z: Tensor) -> Tensor:
         """The vectors between which distances are measured."""
-        return (
-            torch.nn.functional.normalize(z, dim=-1, eps=1e-12) if self.normalised_distance else z
-        )
+        return torch.nn.functional.normalize(z, dim=-1, eps=1e-12) if self.normalised_distance else z
 
 
 def distance(difference: Tensor) -> Tensor:

@@ -54,9 +54,7 @@ def generate_negatives(
     layout = group_major(labels)
     num_classes, num_samples = layout.num_classes, layout.num_samples
     if num_samples < 2:
-        raise InputError(
-            "`labels` must hold every class at least twice: an anchor needs a positive, got K = 1."
-        )
+        raise InputError("`labels` must hold every class at least twice: an anchor needs a positive, got K = 1.")
     if pull_coefficients is not None and pull_coefficients.shape != (*z.shape[:1], *z.shape):
         raise InputError(
             f"`pull_coefficients` must have shape (B, B, D) = {(z.shape[0], *z.shape)}: "

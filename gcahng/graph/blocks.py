@@ -68,11 +68,7 @@ class NodeBlock(nn.Module):
         batch, dim = h.shape
 
         def heads(layer: nn.Linear) -> Tensor:
-            return (
-                linear(h, layer, dtype)
-                .view(batch, self.num_heads, dim // self.num_heads)
-                .transpose(0, 1)
-            )
+            return linear(h, layer, dtype).view(batch, self.num_heads, dim // self.num_heads).transpose(0, 1)
 
         return heads(self.query), heads(self.key), heads(self.value)
 
@@ -84,20 +80,16 @@ class NodeBlock(nn.Module):
             other_class: (B, B) bool, True where key j has another class than query i.
         """
         query, key, value = (
-            F.pad(x, (0, 0, 0, extra)) for x, extra in zip(self.project(h, dtype), (0, 1, 1))
+            F.pad(x, (0, 0, 0, extra)) for x, extra in zip(self.project(h, dtype), (0, 1, 1), strict=True)
         )
         mask = F.pad(other_class, (0, 1), value=True)
         if dtype is not None:
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         # SDPA wants a batch axis to choose its fused kernels.
-        mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=mask)[
-            0
-        ]
+        mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=mask)[0]
         return linear(mixed.to(h.dtype).transpose(0, 1).reshape(h.shape), self.out, dtype)
 
-    def update(
-        self, h: Tensor, attended: Tensor | None, edge_sum: Tensor | None, dtype: torch.dtype | None
-    ) -> Tensor:
+    def update(self, h: Tensor, attended: Tensor | None, edge_sum: Tensor | None, dtype: torch.dtype | None) -> Tensor:
         """New nodes (B, D) from the old ones, the attention output and the edge-to-node sum."""
         if attended is not None:
             h = self.norm(h + attended)

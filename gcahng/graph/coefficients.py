@@ -69,9 +69,7 @@ class TableCoefficients:
         samples = self.plan.order.view(self.plan.num_blocks, self.plan.block_size)
         for number, swapped in self.plan.ordered():
             chunk = self.plan.chunks[number]
-            anchors, negatives = (
-                (chunk.second, chunk.first) if swapped else (chunk.first, chunk.second)
-            )
+            anchors, negatives = (chunk.second, chunk.first) if swapped else (chunk.first, chunk.second)
             if self.values.shape[0] == 1:
                 yield OrderedBlocks(anchors, negatives, self.values[None])
                 continue

@@ -31,15 +31,11 @@ def pair_products(x: Tensor, plan: PairPlan) -> list[Tensor]:
     return [blocks[c.first][:, :, None] * blocks[c.second][:, None, :] for c in plan.chunks]
 
 
-def edge_to_node_sums(
-    edges: list[Tensor], plan: PairPlan, block: NodeBlock, dtype: torch.dtype | None
-) -> Tensor:
+def edge_to_node_sums(edges: list[Tensor], plan: PairPlan, block: NodeBlock, dtype: torch.dtype | None) -> Tensor:
     """Partial sums over j of the messages of the ordered edges (i, j): (B, D)."""
     dim = edges[0].shape[-1] if edges else block.edge_to_node.out_features
     weight = block.edge_to_node.weight
-    sums = torch.zeros(
-        plan.num_blocks, plan.block_size, dim, dtype=weight.dtype, device=weight.device
-    )
+    sums = torch.zeros(plan.num_blocks, plan.block_size, dim, dtype=weight.dtype, device=weight.device)
     for chunk, e in zip(plan.chunks, edges, strict=True):
         sums = plan.sum_to_nodes(chunk, block.edge_message(e, dtype), sums)
     return plan.samples(sums)
@@ -65,9 +61,7 @@ def update_edges(
     updated = []
     for chunk, e in zip(plan.chunks, edges, strict=True):
         slope = direction[chunk.first][:, :, None] - direction[chunk.second][:, None, :]
-        margin = (
-            (e * slope).sum(-1) + offset[chunk.first][:, :, None] - offset[chunk.second][:, None, :]
-        )
+        margin = (e * slope).sum(-1) + offset[chunk.first][:, :, None] - offset[chunk.second][:, None, :]
         weight_first = torch.sigmoid(margin)
         weight_second = torch.sigmoid(-margin)
         if dropout is not None:
@@ -83,23 +77,17 @@ def _dropout_scales(
     chunk: PairChunk, plan: PairPlan, dropout: EdgeDropout, layer: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     samples = plan.order.view(plan.num_blocks, plan.block_size)
-    return dropout.scales(
-        samples[chunk.first][:, :, None], samples[chunk.second][:, None, :], layer, dtype
-    )
+    return dropout.scales(samples[chunk.first][:, :, None], samples[chunk.second][:, None, :], layer, dtype)
 
 
 def edge_sum(edges: list[Tensor], plan: PairPlan) -> Tensor:
     """Partial sum over all ordered edges: (D,)."""
-    return torch.stack(
-        [plan.edge_total(c, e) for c, e in zip(plan.chunks, edges, strict=True)]
-    ).sum(0)
+    return torch.stack([plan.edge_total(c, e) for c, e in zip(plan.chunks, edges, strict=True)]).sum(0)
 
 
 def edge_square_sum(edges: list[Tensor], mean: Tensor, plan: PairPlan) -> Tensor:
     """Partial sum over all ordered edges of (e - mean)², (D,): a second pass, so float32 does not cancel."""
-    totals = [
-        plan.edge_total(c, (e - mean).square()) for c, e in zip(plan.chunks, edges, strict=True)
-    ]
+    totals = [plan.edge_total(c, (e - mean).square()) for c, e in zip(plan.chunks, edges, strict=True)]
     return torch.stack(totals).sum(0)
 
 
@@ -126,9 +114,7 @@ def dense(chunks: list[Tensor], plan: PairPlan) -> Tensor:
         if not chunk.diagonal:
             table = table.index_put((chunk.second, chunk.first), values.transpose(1, 2))
     positions = plan.num_blocks * plan.block_size
-    table = table.transpose(1, 2).reshape(positions, positions, dim)[
-        : plan.batch_size, : plan.batch_size
-    ]
+    table = table.transpose(1, 2).reshape(positions, positions, dim)[: plan.batch_size, : plan.batch_size]
     place = torch.empty_like(plan.order[: plan.batch_size])
     place[plan.order[: plan.batch_size]] = torch.arange(plan.batch_size, device=place.device)
     return table[place][:, place]

@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gcahng.errors import InputError
 from gcahng.graph import edge_stage, reference
@@ -118,9 +117,7 @@ class GraphNetwork(nn.Module):
             )
             for _ in range(num_layers)
         )
-        self.edge_blocks = nn.ModuleList(
-            EdgeBlock(embedding_dim, gelu_norm=gelu_norm) for _ in range(num_layers)
-        )
+        self.edge_blocks = nn.ModuleList(EdgeBlock(embedding_dim, gelu_norm=gelu_norm) for _ in range(num_layers))
         self.node_norm = frozen_bias_batch_norm(embedding_dim)
         self.node_classifier = nn.Linear(embedding_dim, num_classes)
         self.edge_norm = frozen_bias_batch_norm(embedding_dim)
@@ -183,9 +180,7 @@ class GraphNetwork(nn.Module):
         z = z if dtype is None else z.float()
         run = self._scatter if self.backend == "scatter" else self._pairs
         with torch.autocast(z.device.type, enabled=False):
-            h, coefficients = run(
-                z, labels, plan, dropout, need_coefficients, coefficient_gradient, reduce, dtype
-            )
+            h, coefficients = run(z, labels, plan, dropout, need_coefficients, coefficient_gradient, reduce, dtype)
             logits = linear(self.node_norm(h), self.node_classifier, dtype)
         return GraphOutput(logits, coefficients)
 
@@ -204,9 +199,7 @@ class GraphNetwork(nn.Module):
         edges = edge_stage.pair_products(edge_stage.unit_centred(z), plan)
         h = linear(z, self.reduction, dtype)
         last = len(self.node_blocks) - 1
-        for layer, (node_block, edge_block) in enumerate(
-            zip(self._nodes(), self._edges(), strict=True)
-        ):
+        for layer, (node_block, edge_block) in enumerate(zip(self._nodes(), self._edges(), strict=True)):
             attended = node_block.attend(h, other_class, dtype) if node_block.attends else None
             message = None
             if node_block.sums_edges:
@@ -216,19 +209,13 @@ class GraphNetwork(nn.Module):
                 return h, None
             gradient = torch.is_grad_enabled() and (coefficient_gradient or layer < last)
             with torch.set_grad_enabled(gradient):
-                edges = edge_stage.update_edges(
-                    edges, h, plan, edge_block, layer=layer, dropout=dropout, dtype=dtype
-                )
+                edges = edge_stage.update_edges(edges, h, plan, edge_block, layer=layer, dropout=dropout, dtype=dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and coefficient_gradient):
             mean, variance = self._edge_statistics(edges, plan, reduce)
-            values = edge_stage.read_out(
-                edges, mean, variance, self.edge_norm, self.edge_out, dtype
-            )
+            values = edge_stage.read_out(edges, mean, variance, self.edge_norm, self.edge_out, dtype)
         return h, PairCoefficients(plan, values)
 
-    def _edge_statistics(
-        self, edges: list[Tensor], plan: PairPlan, reduce: Reducer
-    ) -> tuple[Tensor, Tensor]:
+    def _edge_statistics(self, edges: list[Tensor], plan: PairPlan, reduce: Reducer) -> tuple[Tensor, Tensor]:
         if not self.training:
             return running_statistics(self.edge_norm)
         count = plan.batch_size**2
@@ -289,9 +276,7 @@ class GraphNetwork(nn.Module):
             )
 
 
-def _check_arguments(
-    dim: int, num_classes: int, num_layers: int, num_heads: int, dropout: float
-) -> None:
+def _check_arguments(dim: int, num_classes: int, num_layers: int, num_heads: int, dropout: float) -> None:
     for value, name in (
         (dim, "embedding_dim"),
         (num_classes, "num_classes"),

@@ -62,11 +62,7 @@ class PairPlan:
 
     def valid_blocks(self, dtype: torch.dtype) -> Tensor | None:
         """(num_blocks, b) ones, zero at padding; None if there is no padding."""
-        return (
-            None
-            if self.valid is None
-            else self.valid.to(dtype).view(self.num_blocks, self.block_size)
-        )
+        return None if self.valid is None else self.valid.to(dtype).view(self.num_blocks, self.block_size)
 
     def samples(self, positions: Tensor) -> Tensor:
         """(num_blocks, b, ...) sums per block position as (B, ...) sums per sample; padding is left out."""
@@ -81,10 +77,7 @@ class PairPlan:
         count = 1.0 if chunk.diagonal else 2.0
         valid = self.valid_blocks(edges.dtype)
         if valid is not None:
-            edges = (
-                edges
-                * (valid[chunk.first][:, :, None] * valid[chunk.second][:, None, :])[..., None]
-            )
+            edges = edges * (valid[chunk.first][:, :, None] * valid[chunk.second][:, None, :])[..., None]
         return count * edges.sum((0, 1, 2))
 
     def sum_to_nodes(self, chunk: PairChunk, edges: Tensor, into: Tensor) -> Tensor:
@@ -151,9 +144,7 @@ def pair_plan(
         valid = torch.arange(num_blocks * block_size, device=order.device) < batch_size
         order = torch.cat([order, order[:1].expand(padding)])
     rank, ranks = share
-    first, second = torch.triu_indices(num_blocks, num_blocks, offset=1, device=order.device)[
-        :, rank::ranks
-    ]
+    first, second = torch.triu_indices(num_blocks, num_blocks, offset=1, device=order.device)[:, rank::ranks]
     # Dealt to the processes in the opposite order, so that who has one off-diagonal pair more is not who has one
     # diagonal pair more.
     diagonal = torch.arange(num_blocks, device=order.device)[ranks - 1 - rank :: ranks]

@@ -72,8 +72,7 @@ def node_attention(block: NodeBlock, h: Tensor, labels: Tensor) -> Tensor:
     size, dim = h.shape
     query_index, key_index = torch.nonzero(labels[:, None] != labels[None, :], as_tuple=True)
     query, key, value = (
-        layer(h).view(size, block.num_heads, dim // block.num_heads)
-        for layer in (block.query, block.key, block.value)
+        layer(h).view(size, block.num_heads, dim // block.num_heads) for layer in (block.query, block.key, block.value)
     )
     scores = (query[query_index] * key[key_index]).sum(-1) / math.sqrt(dim // block.num_heads)
     weights = off_by_one_softmax(scores, query_index, size)

@@ -42,9 +42,7 @@ class NPairPlusLoss(nn.Module):
         if candidates is None:
             return self._within(embeddings, labels)
         if candidate_labels is None:
-            raise InputError(
-                "`candidate_labels` is missing: expected (C,) labels beside `candidates`."
-            )
+            raise InputError("`candidate_labels` is missing: expected (C,) labels beside `candidates`.")
         check_embeddings(candidates, "candidates")
         check_labels(candidate_labels, candidates.shape[0], "candidate_labels")
         layout = group_major(candidate_labels)
@@ -60,17 +58,13 @@ class NPairPlusLoss(nn.Module):
 
     def _check_samples(self, num_samples: int) -> None:
         if num_samples < 2:
-            raise InputError(
-                "`labels` must hold every class at least twice: got K = 1, so no anchor has a positive."
-            )
+            raise InputError("`labels` must hold every class at least twice: got K = 1, so no anchor has a positive.")
 
     def _compare(self, anchors: Tensor, own: Tensor, groups: Tensor) -> Tensor:
         logits = torch.einsum("ad,gpd->gap", anchors, groups)
         targets = own.expand(logits.shape[:2])
         pairs = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        lengths = (
-            anchors.square().sum() / anchors.shape[0] + groups.square().sum() / groups.shape[1]
-        )
+        lengths = anchors.square().sum() / anchors.shape[0] + groups.square().sum() / groups.shape[1]
         return pairs + LENGTH_WEIGHT * lengths
 
 

@@ -15,9 +15,7 @@ class ProxyAnchorLoss(nn.Module):
     + mean over all N proxies of log(1 + sum_negatives exp(scale (s + margin))), s the cosine similarity.
     """
 
-    def __init__(
-        self, num_classes: int, embedding_dim: int, scale: float = 32.0, margin: float = 0.1
-    ) -> None:
+    def __init__(self, num_classes: int, embedding_dim: int, scale: float = 32.0, margin: float = 0.1) -> None:
         """
         Args:
             num_classes: N, proxies.
@@ -51,19 +49,14 @@ class ProxyAnchorLoss(nn.Module):
         check_embeddings(embeddings)
         check_labels(labels, embeddings.shape[0])
         if candidates is not None or candidate_labels is not None:
-            raise InputError(
-                "`candidates` must be None: ProxyAnchorLoss compares embeddings with its proxies."
-            )
+            raise InputError("`candidates` must be None: ProxyAnchorLoss compares embeddings with its proxies.")
         num_classes = self.proxies.shape[0]
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise InputError(
                 f"`labels` must lie in [0, {num_classes}), one proxy each: got {int(labels.min())} to "
                 f"{int(labels.max())}. Number the training classes from 0."
             )
-        similarity = (
-            F.normalize(embeddings, dim=1, eps=1e-12)
-            @ F.normalize(self.proxies, dim=1, eps=1e-12).T
-        )
+        similarity = F.normalize(embeddings, dim=1, eps=1e-12) @ F.normalize(self.proxies, dim=1, eps=1e-12).T
         own = F.one_hot(labels, num_classes).bool()
         positive = _log_one_plus_sum(-self.scale * (similarity - self.margin), own)
         negative = _log_one_plus_sum(self.scale * (similarity + self.margin), ~own)

@@ -12,9 +12,7 @@ from gcahng.layout import check_labels, group_major
 from gcahng.losses.n_pair import LENGTH_WEIGHT
 
 
-def synthetic_loss_from_scores(
-    z: Tensor, scores: Tensor, square_sum: Tensor, num_samples: int
-) -> Tensor:
+def synthetic_loss_from_scores(z: Tensor, scores: Tensor, square_sum: Tensor, num_samples: int) -> Tensor:
     """J_syn: every sample once an anchor, its positive against the synthetic negatives of the other classes.
 
     Cross-entropy over P candidates (own class: z_i · z_pos(i), others: z_i · synthetic_{i,p}), mean over all anchors,
@@ -36,9 +34,7 @@ def synthetic_loss_from_scores(
     return F.cross_entropy(logits, own) + LENGTH_WEIGHT * (anchor_lengths + candidate_lengths)
 
 
-def _group_major_rows(
-    z: Tensor, synthetic: Tensor, labels: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _group_major_rows(z: Tensor, synthetic: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """Both with their rows group-major; columns already stand in the order of first appearance."""
     if synthetic.dim() != 3 or synthetic.shape[::2] != z.shape:
         raise InputError(

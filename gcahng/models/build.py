@@ -38,9 +38,7 @@ def build_embedder(
         ConfigError: see `build_backbone` and `Embedder`.
     """
     return Embedder(
-        build_backbone(
-            backbone, pretrained=pretrained, weights=weights, backbone_args=backbone_args
-        ),
+        build_backbone(backbone, pretrained=pretrained, weights=weights, backbone_args=backbone_args),
         embedding_dim,
         pooling=pooling,
         head=head,
@@ -132,8 +130,7 @@ def _call(factory: Any, name: str, arguments: dict[str, Any]) -> Any:
 def _refuse_download(name: str, pretrained: bool, weights: str | None) -> None:
     if pretrained and weights is None:
         raise ConfigError(
-            f"Backbone `{name}` has no published weights. Set model.pretrained=false, or pass "
-            "model.weights=FILE."
+            f"Backbone `{name}` has no published weights. Set model.pretrained=false, or pass model.weights=FILE."
         )
 
 

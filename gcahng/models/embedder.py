@@ -54,13 +54,10 @@ class Embedder(nn.Module):
             ("head_init", head_init, HEAD_INITS),
         ):
             if value not in choices:
-                raise ConfigError(
-                    f"model.{name} must be one of {', '.join(choices)}: got {value!r}."
-                )
+                raise ConfigError(f"model.{name} must be one of {', '.join(choices)}: got {value!r}.")
         if pooling == "cls" and backbone.num_prefix_tokens < 1:
             raise ConfigError(
-                "model.pooling is cls, but the backbone has no class token. Set it to avg, max or "
-                "avg+max."
+                "model.pooling is cls, but the backbone has no class token. Set it to avg, max or avg+max."
             )
         self.backbone = backbone
         self.embedding_dim = embedding_dim
@@ -115,22 +112,16 @@ class Embedder(nn.Module):
         return self
 
     def _norms_to_freeze(self) -> list[nn.Module]:
-        norms: list[nn.Module] = [
-            module for module in self.backbone.modules() if isinstance(module, nn.BatchNorm2d)
-        ]
+        norms: list[nn.Module] = [module for module in self.backbone.modules() if isinstance(module, nn.BatchNorm2d)]
         if not norms:
-            raise ConfigError(
-                "model.freeze_batch_norm is true, but the backbone has no BatchNorm2d. Set it to "
-                "false."
-            )
+            raise ConfigError("model.freeze_batch_norm is true, but the backbone has no BatchNorm2d. Set it to false.")
         return norms
 
     def _patch_parameters(self) -> set[str]:
         module = self.backbone.patch_embed
         if module is None:
             raise ConfigError(
-                "model.freeze_patch_embed is true, but the backbone has no patch embedding. Set it "
-                "to false."
+                "model.freeze_patch_embed is true, but the backbone has no patch embedding. Set it to false."
             )
         inside = {id(parameter) for parameter in module.parameters()}
         return {name for name, p in self.backbone.named_parameters() if id(p) in inside}

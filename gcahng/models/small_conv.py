@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,14 +34,13 @@ class SmallConv(nn.Module):
         self.num_features = sizes[-1]
         self.stem = _conv_block(in_channels, sizes[1], stride=1)
         self.blocks = nn.Sequential(
-            *(
-                _HalvingBlock(narrow, wide)
-                for narrow, wide in zip(sizes[1:-1], sizes[2:], strict=True)
-            )
+            *(_HalvingBlock(narrow, wide) for narrow, wide in zip(sizes[1:-1], sizes[2:], strict=True))
         )
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) to a map (B, widths[-1], H / 2**n, W / 2**n), n blocks."""
+        # On CPU the convolutions take two thirds of the time in this memory order.
+        images = images.contiguous(memory_format=torch.channels_last)
         features: Tensor = self.blocks(self.stem(images))
         return features
 

@@ -37,9 +37,7 @@ LOCAL_FILE_REPAIR = (
 Convert = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
 
 
-def load_weights(
-    network: nn.Module, source: str | Mapping[str, Tensor], *, convert: Convert | None = None
-) -> str:
+def load_weights(network: nn.Module, source: str | Mapping[str, Tensor], *, convert: Convert | None = None) -> str:
     """Fill a network from a weight file; every tensor of the network must be in it, and fit.
 
     Classifier and auxiliary heads of the file that the network lacks are dropped and reported.
@@ -75,9 +73,7 @@ def load_weights(
     return report
 
 
-def _converted(
-    state: dict[str, Tensor], network: nn.Module, convert: Convert, title: str
-) -> dict[str, Tensor]:
+def _converted(state: dict[str, Tensor], network: nn.Module, convert: Convert, title: str) -> dict[str, Tensor]:
     try:
         return convert(state, network)
     except (KeyError, RuntimeError, ValueError, AttributeError, IndexError) as error:
@@ -100,18 +96,14 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
-        raise ConfigError(
-            f"Weight file `{path}` is no whole safetensors file: {error}. Fetch it again."
-        ) from error
+        raise ConfigError(f"Weight file `{path}` is no whole safetensors file: {error}. Fetch it again.") from error
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"Weight file `{path}` holds other things than tensors, or is damaged; it is not read, "
             "since that could run code. Save its state dictionary alone, best as .safetensors."
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ConfigError(
-            f"Weight file `{path}` cannot be read: {error}. Fetch it again."
-        ) from error
+        raise ConfigError(f"Weight file `{path}` cannot be read: {error}. Fetch it again.") from error
     return _named_tensors(content, path)
 
 

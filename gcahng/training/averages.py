@@ -49,6 +49,4 @@ class EpochAverages:
 
     def _accumulate(self, name: str, value: Tensor) -> None:
         value = value.detach().double()
-        self._sums[name] = (
-            self._sums[name].to(value.device) + value if name in self._sums else value
-        )
+        self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value

@@ -67,9 +67,7 @@ class PlainBackend:
         """
         self.device = torch.device(device)
         if precision == "fp16" and self.device.type != "cuda":
-            raise ConfigError(
-                f"`train.precision` fp16 needs CUDA: the device is {self.device.type}. Use bf16 or fp32."
-            )
+            raise ConfigError(f"`train.precision` fp16 needs CUDA: the device is {self.device.type}. Use bf16 or fp32.")
         self.modules = dict(modules)
         self.optimizers = dict(optimizers)
         self.gates = dict(gates)

@@ -2,8 +2,8 @@
 
 `step-N/` holds `<part>.safetensors` for every module, `optimizer-<part>.pt` for every optimiser, `state.json`
 (counters, averages, schedules, classes), `config.yaml`, and `manifest.json` with the size and sha256 of each file.
-It is written as `step-N.partial` and renamed; a write that fails leaves nothing behind. Links `last`, `best` and `best_test` beside it name the folders a
-reader wants. Nothing in it is unpickled without torch's `weights_only`.
+It is written as `step-N.partial` and renamed; a write that fails leaves nothing behind. Links `last`, `best` and
+`best_test` beside it name the folders a reader wants. Nothing in it is unpickled without torch's `weights_only`.
 """
 
 import hashlib
@@ -74,7 +74,9 @@ def _write_parts(
     folder: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
 ) -> None:
     for name, module in modules.items():
-        tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+        # Copies: safetensors refuses tensors that share memory, as tied weights of an own backbone do.
+        state = module.state_dict()
+        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
         if tensors:
             save_file(tensors, folder / f"{name}.safetensors")
     for name, optimizer in optimizers.items():

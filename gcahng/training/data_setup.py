@@ -45,7 +45,7 @@ def open_data(config: Config) -> RunData:
 
     Raises:
         DataError: The data set is damaged, or has no training split.
-        ConfigError: It has fewer training classes than a batch takes.
+        ConfigError: It has fewer training classes than a batch takes, or the validation share holds out too few.
     """
     data = config.data
     shards = ShardSet.open(data.dir)
@@ -57,6 +57,7 @@ def open_data(config: Config) -> RunData:
     )
     _report_small_classes(table, data)
     training, held_out = split_validation(table, data.validation, config.seed)
+    _check_validation(table, held_out, data)
     if training.num_classes < config.batch.num_classes:
         raise ConfigError(
             f"`batch.num_classes` must not exceed the training classes of `{data.dir}`: expected at "
@@ -84,6 +85,19 @@ def build_train_loader(config: Config, data: RunData, *, pin_memory: bool = Fals
         on_error=config.data.on_error,
         pin_memory=pin_memory,
     )
+
+
+def _check_validation(table: ClassTable, held_out: NDArray[np.int64], config: DataConfig) -> None:
+    """One class alone, or classes of one image, have nothing that could be confused or found."""
+    if not config.validation:
+        return
+    sizes = table.counts[np.isin(table.class_ids, held_out)]
+    if sizes.size < 2 or sizes.max() < 2:
+        found = f"{sizes.size} classes" + (f" of at most {sizes.max()} images" if sizes.size else "")
+        raise ConfigError(
+            f"`data.validation` {config.validation} of {table.num_classes} training classes of `{config.dir}` must "
+            f"hold out at least 2 classes and 2 images of one: got {found}. Raise it, or set it to 0."
+        )
 
 
 def _report_small_classes(table: ClassTable, config: DataConfig) -> None:

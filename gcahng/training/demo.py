@@ -62,7 +62,15 @@ def run_demo(paths: DemoPaths, seed: int = 0, overrides: tuple[str, ...] = ()) -
         print(f"Drawing {NUM_CLASSES} characters and writing tar shards to {paths.data} ...", flush=True)
         # Faces that draw a character alike would make some queries trivial.
         source = Glyphs(seed=DATA_SEED, classes=NUM_CLASSES, size=IMAGE_SIZE, identical="drop")
-        convert(source, paths.data, seed=DATA_SEED, workers=os.cpu_count() or 1, progress=True)
+        # A killed attempt leaves a partial folder, which overwrite replaces.
+        convert(
+            source,
+            paths.data,
+            seed=DATA_SEED,
+            workers=os.cpu_count() or 1,
+            overwrite=True,
+            progress=True,
+        )
     results = {}
     for name, (title, settings) in SYSTEMS.items():
         run_dir = paths.runs / f"seed-{seed}" / name

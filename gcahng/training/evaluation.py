@@ -14,7 +14,7 @@ from gcahng.data.loader import eval_loader
 from gcahng.data.shard_reader import ShardSet
 from gcahng.data.transform_settings import TransformSettings
 from gcahng.data.transforms import normalise
-from gcahng.errors import ConfigError, TrainingError
+from gcahng.errors import ConfigError, DataError, TrainingError
 from gcahng.metrics import RetrievalResult, retrieval
 from gcahng.models import Embedder
 from gcahng.training.config import EvalConfig
@@ -106,12 +106,9 @@ def evaluate(
         return retrieval(
             query, labels, ks=ks, chunk_size=config.chunk_size, num_neighbours=num_neighbours
         )
-    if config.gallery_split is None:
-        raise ConfigError("`eval.gallery_split` is missing: protocol query_gallery searches a second split.")
+    gallery_rows = _gallery_rows(shards, config)
     query, labels = embed_rows(model, shards, shards.split_samples(config.split), settings)
-    gallery, gallery_labels = embed_rows(
-        model, shards, shards.split_samples(config.gallery_split), settings
-    )
+    gallery, gallery_labels = embed_rows(model, shards, gallery_rows, settings)
     return retrieval(
         query,
         labels,
@@ -121,6 +118,36 @@ def evaluate(
         chunk_size=config.chunk_size,
         num_neighbours=num_neighbours,
     )
+
+
+def check_evaluation(shards: ShardSet, config: EvalConfig) -> None:
+    """Refuse before training what an evaluation would refuse after an epoch of it.
+
+    Raises:
+        DataError: A split does not exist, or no query has an image of its class to find.
+        ConfigError: A k exceeds what a query can find.
+    """
+    query = shards.class_id[shards.split_samples(config.split)]
+    gallery, excluded = query, 1
+    if config.protocol == "query_gallery":
+        gallery, excluded = shards.class_id[_gallery_rows(shards, config)], 0
+    if config.ks[-1] > len(gallery) - excluded:
+        raise ConfigError(
+            f"`eval.ks` must not exceed what a query can find: expected at most {len(gallery) - excluded}, got "
+            f"{config.ks[-1]}. Drop the larger ones."
+        )
+    classes, counts = np.unique(gallery, return_counts=True)
+    if not np.isin(query, classes[counts > excluded]).any():
+        raise DataError(
+            f"No image of split {config.split!r} has another image of its class to find. Check eval.split and "
+            "eval.gallery_split, or add images."
+        )
+
+
+def _gallery_rows(shards: ShardSet, config: EvalConfig) -> NDArray[np.int64]:
+    if config.gallery_split is None:
+        raise ConfigError("`eval.gallery_split` is missing: protocol query_gallery searches a second split.")
+    return shards.split_samples(config.gallery_split)
 
 
 def usable_ks(ks: tuple[int, ...], candidates: int) -> tuple[int, ...]:

@@ -48,9 +48,7 @@ def clip_by_value(optimizer: Optimizer, bound: float) -> None:
     """
 
     def clamp(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        gradients = [
-            p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
-        ]
+        gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         if gradients:
             torch._foreach_clamp_min_(gradients, -bound)
             torch._foreach_clamp_max_(gradients, bound)
@@ -81,9 +79,7 @@ def _make(settings: OptimizerConfig, groups: Iterable[dict[str, Any]]) -> Optimi
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
     if settings.name == "sgd":
-        return torch.optim.SGD(
-            groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
     factory = load_component(settings.name)
     optimizer: Optimizer = factory(groups, lr=settings.lr, weight_decay=settings.weight_decay)
     return optimizer

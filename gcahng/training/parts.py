@@ -27,7 +27,7 @@ _LOSSES: dict[str, Callable[..., nn.Module]] = {
     "proxy_anchor": ProxyAnchorLoss,
 }
 # The part of `optim` that moves each part of the run.
-_OPTIMIZER_OF = {
+OPTIMIZER_OF = {
     "metric_model": "metric_model",
     "metric_loss": "proxies",
     "graph": "graph",
@@ -96,9 +96,7 @@ def build_metric_loss(config: LossConfig, num_classes: int, embedding_dim: int) 
     except TypeError as error:
         raise ConfigError(f"`loss.args` do not fit loss.metric `{config.metric}`: {error}.") from error
     if not isinstance(loss, nn.Module):
-        raise ConfigError(
-            f"`loss.metric` must make a torch.nn.Module: `{config.metric}` made {type(loss).__name__}."
-        )
+        raise ConfigError(f"`loss.metric` must make a torch.nn.Module: `{config.metric}` made {type(loss).__name__}.")
     return loss
 
 
@@ -148,7 +146,7 @@ def build_parts(config: Config, modules: Mapping[str, nn.Module], device: torch.
         module.to(device).train()
         if not any(True for _ in module.parameters()):
             continue
-        settings = getattr(config.optim, _OPTIMIZER_OF[name])
+        settings = getattr(config.optim, OPTIMIZER_OF[name])
         clip = config.optim.clip_value if name in _CLIPPED else None
         optimizers[name], gates[name] = build_optimizer(module, settings, clip_value=clip)
         schedules[name] = build_schedule(optimizers[name], settings.schedule, config.train.epochs)

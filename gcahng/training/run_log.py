@@ -28,16 +28,22 @@ class RunLog:
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.path)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=from_step)
+        # TensorBoard hides what earlier files of the folder hold from `purge_step` on.
+        first_step = 0 if from_step is None else from_step + 1
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One row: {"kind": ..., "step": ..., values}; numbers go to TensorBoard too."""
+        """One row: {"kind": ..., "step": ..., values}.
+
+        Fractional numbers go to TensorBoard too, as kind/name, or kind/split/name where a row has a split.
+        """
         row = {"kind": kind, "step": step} | {name: _plain(value) for name, value in values.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        group = f"{kind}/{row['split']}" if "split" in row else kind
         for name, value in row.items():
-            if isinstance(value, float) and name != "step":
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            if isinstance(value, float):
+                self._board.add_scalar(f"{group}/{name}", value, step)
 
     def __enter__(self) -> "RunLog":
         return self

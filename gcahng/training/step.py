@@ -73,9 +73,7 @@ class StepSettings:
 class TrainingStep:
     """Runs iterations on a backend; holds no state of its own."""
 
-    def __init__(
-        self, backend: Backend, settings: StepSettings, *, reduce: Reducer = identity
-    ) -> None:
+    def __init__(self, backend: Backend, settings: StepSettings, *, reduce: Reducer = identity) -> None:
         """
         Args:
             backend: Holds "metric_model" and "metric_loss", and "graph" and "classifier" where they take part.
@@ -86,9 +84,7 @@ class TrainingStep:
         self.settings = settings
         self.reduce = reduce
         self.has_graph = backend.has("graph")
-        self.graph_generates = (
-            self.has_graph and settings.generate and settings.channel_coefficients
-        )
+        self.graph_generates = self.has_graph and settings.generate and settings.channel_coefficients
 
     def __call__(
         self,
@@ -112,12 +108,8 @@ class TrainingStep:
         Raises:
             TrainingError: An embedding, a loss or a gradient is not finite; no parameter has moved in that phase.
         """
-        plan = class_major_plan(
-            labels.numel() // self.settings.num_samples, self.settings.num_samples, images.device
-        )
-        rule = Interpolation(
-            self.settings.alpha, averages.metric_loss, self.settings.normalised_distance
-        )
+        plan = class_major_plan(labels.numel() // self.settings.num_samples, self.settings.num_samples, images.device)
+        rule = Interpolation(self.settings.alpha, averages.metric_loss, self.settings.normalised_distance)
 
         # Phase 1
         z = self.backend.forward("metric_model", images).to(_loss_dtype(images))
@@ -156,12 +148,8 @@ class TrainingStep:
             batch = self._synthesis(z, plan, rule, step, METRIC, mixing)
             partial = synthetic_scores(batch, coefficients)
             scores, squares = self.reduce(partial.scores), self.reduce(partial.square_sum)
-            synthetic_loss = synthetic_loss_from_scores(
-                z, scores, squares, self.settings.num_samples
-            )
-            trust = 1 - math.exp(
-                -self.settings.beta / max(averages.generation_loss, SMALLEST_MEAN_LOSS)
-            )
+            synthetic_loss = synthetic_loss_from_scores(z, scores, squares, self.settings.num_samples)
+            trust = 1 - math.exp(-self.settings.beta / max(averages.generation_loss, SMALLEST_MEAN_LOSS))
             total = total + trust * synthetic_loss
             report |= {
                 "synthetic_loss": synthetic_loss,
@@ -194,9 +182,7 @@ class TrainingStep:
                 graph = self._graph(z, labels, plan, step, GENERATION, gradient=True)
                 coefficients = cast(Coefficients, graph.coefficients)
             batch = self._synthesis(z, plan, rule, step, GENERATION, mixing)
-            sums = generation_sums(
-                batch, coefficients, labels[: batch.num_classes], self._constant_classifier
-            )
+            sums = generation_sums(batch, coefficients, labels[: batch.num_classes], self._constant_classifier)
             entries = labels.numel() * batch.num_classes
             report = {
                 "classification_loss": self.reduce(sums.classification) / entries,

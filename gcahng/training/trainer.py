@@ -6,6 +6,7 @@ A run folder holds `config.yaml` (resolved), `metrics.jsonl`, `tensorboard/`, `s
 
 import json
 import logging
+import os
 import statistics
 import time
 from collections.abc import Mapping
@@ -23,9 +24,10 @@ from gcahng.training import checkpoint
 from gcahng.training.averages import EpochAverages
 from gcahng.training.config import Config, resolved_yaml
 from gcahng.training.data_setup import RunData, build_train_loader, open_data
-from gcahng.training.evaluation import EmbeddingSettings, as_row, evaluate
+from gcahng.training.evaluation import EmbeddingSettings, as_row, check_evaluation, evaluate
 from gcahng.training.memory import peak_memory_bytes
 from gcahng.training.parts import build_modules, build_parts, build_step, choose_device
+from gcahng.training.resume import check_resumable, class_digest
 from gcahng.training.run_log import RunLog
 from gcahng.training.step import NonFiniteEmbedding
 
@@ -74,12 +76,12 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.device = choose_device(config.train.device)
         self.data: RunData = open_data(config)
+        check_evaluation(self.data.shards, config.eval)
         self._resume_from = self._find_resume()
         self._check_run_dir()
         self.loader = build_train_loader(config, self.data, pin_memory=self.device.type == "cuda")
-        modules = build_modules(
-            config, self.data.table.num_classes, load_weights=self._resume_from is None
-        )
+        starts_anew = self._resume_from is None and config.train.init_from is None
+        modules = build_modules(config, self.data.table.num_classes, load_weights=starts_anew)
         self._start_weights(modules)
         self.parts = build_parts(config, modules, self.device)
         self.step, self.backend = build_step(config, self.parts, self.device)
@@ -103,8 +105,8 @@ class Trainer:
                 for schedule in self.parts.schedules.values():
                     schedule.step()
                 self.progress.epoch = epoch + 1
-                improved = self._evaluate_if_due(run_log)
-                self._save(improved)
+                self._evaluate_if_due(run_log)
+                self._save()
         return self._finish()
 
     def _train_epoch(self, epoch: int, run_log: RunLog) -> None:
@@ -149,6 +151,7 @@ class Trainer:
 
     def _log_step(self, report: Mapping[str, Tensor], epoch: int, run_log: RunLog) -> None:
         values: dict[str, Any] = {name: float(value) for name, value in report.items()}
+        values["skipped_images"] = self.progress.skipped
         for name, optimizer in self.parts.optimizers.items():
             values[f"lr_{name}"] = float(optimizer.param_groups[0]["lr"])
         recent = self._seconds[-self.config.train.log_every :]
@@ -156,12 +159,11 @@ class Trainer:
         values["data_seconds"] = statistics.mean(waited for _, waited in recent)
         run_log.write("step", self.progress.step, {"epoch": epoch} | values)
 
-    def _evaluate_if_due(self, run_log: RunLog) -> list[str]:
-        """Evaluate after this epoch if it is time; returns which selections improved."""
+    def _evaluate_if_due(self, run_log: RunLog) -> None:
+        """Evaluate after this epoch if it is time, and note what is best so far."""
         every, epoch = self.config.eval.every_epochs, self.progress.epoch
         if epoch % every and epoch != self.config.train.epochs:
-            return []
-        improved = []
+            return
         settings = EmbeddingSettings(
             self.data.transform,
             self.config.eval.batch_size,
@@ -183,10 +185,8 @@ class Trainer:
             best = self.progress.best.get(split)
             if best is None or row["map_at_r"] > best["map_at_r"]:
                 self.progress.best[split] = row | {"step": self.progress.step}
-                improved.append(split)
-        return improved
 
-    def _save(self, improved: list[str]) -> None:
+    def _save(self) -> None:
         folder = checkpoint.save_checkpoint(
             self.run_dir,
             self.progress.step,
@@ -197,7 +197,10 @@ class Trainer:
         )
         checkpoint.point(self.run_dir, "last", folder)
         for split, link in (("validation", "best"), ("test", "best_test")):
-            if split in improved:
+            # From the counters, not from what just improved: a run that was killed before it set a
+            # link sets it after it was resumed.
+            best = self.progress.best.get(split)
+            if best is not None and (folder := self.run_dir / f"step-{best['step']}").is_dir():
                 checkpoint.point(self.run_dir, link, folder)
         checkpoint.prune(self.run_dir, self.config.train.keep_last)
 
@@ -207,19 +210,19 @@ class Trainer:
             "averages": self.averages.state_dict(),
             "schedules": {name: s.state_dict() for name, s in self.parts.schedules.items()},
             "backend": self.backend.state_dict(),
-            "data": {
-                "manifest": self.data.shards.manifest.digest(),
-                "num_classes": self.data.table.num_classes,
-            },
+            "data": self._data_identity(),
+        }
+
+    def _data_identity(self) -> dict[str, Any]:
+        return {
+            "manifest": self.data.shards.manifest.digest(),
+            "classes": class_digest(self.data),
+            "num_classes": self.data.table.num_classes,
         }
 
     def _load(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
-        if state["data"]["manifest"] != self.data.shards.manifest.digest():
-            raise ConfigError(
-                f"`train.resume`: {folder} was trained on other data than `{self.config.data.dir}` (the "
-                "manifests differ). Restore the data, or start a new run with train.init_from."
-            )
+        check_resumable(folder, state["data"], self._data_identity(), self.config, self.parts.optimizers)
         for name, module in self.parts.modules.items():
             checkpoint.load_module(module, folder, name)
         for name, optimizer in self.parts.optimizers.items():
@@ -240,17 +243,23 @@ class Trainer:
             if setting == "auto"
             else checkpoint.find_checkpoint(Path(setting))
         )
-        if folder is not None:
-            checkpoint.verify(folder)
-        return folder
+        if folder is None:
+            return None
+        checkpoint.verify(folder)
+        return folder.resolve()
 
     def _check_run_dir(self) -> None:
-        if self.overwrite or self._resume_from is not None:
-            return
-        if checkpoint.newest_checkpoint(self.run_dir) is not None:
+        newest = checkpoint.newest_checkpoint(self.run_dir)
+        if newest is not None and not self.overwrite and newest.resolve() != self._resume_from:
             raise ConfigError(
-                f"`run.dir` {self.run_dir} already holds a run. Continue it with train.resume=auto, replace "
-                "it with --overwrite, or choose another run.dir."
+                f"`run.dir` {self.run_dir} already holds a run, the newest checkpoint being {newest.name}. "
+                "Continue it with train.resume=auto, replace it with --overwrite, or choose another run.dir."
+            )
+        existing = next(path for path in (self.run_dir, *self.run_dir.absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"`run.dir` {self.run_dir} cannot be written: expected a folder that may be written to, got "
+                f"{existing}. Choose another run.dir."
             )
 
     def _start_weights(self, modules: Mapping[str, torch.nn.Module]) -> None:
@@ -258,8 +267,9 @@ class Trainer:
             return
         folder = checkpoint.find_checkpoint(Path(self.config.train.init_from))
         checkpoint.verify(folder)
-        fresh = checkpoint.start_from(modules, folder)
-        log.info("Started from %s; fresh for the new classes: %s.", folder, ", ".join(fresh) or "none")
+        same_classes = checkpoint.read_state(folder)["data"]["classes"] == class_digest(self.data)
+        fresh = checkpoint.start_from(modules, folder, same_classes=same_classes)
+        log.info("Started from %s; fresh: %s.", folder, ", ".join(fresh) or "none")
 
     def _finish(self) -> dict[str, Any]:
         steady = [total for total, _ in self._seconds[len(self._seconds) // 10 :]]

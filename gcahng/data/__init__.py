@@ -1,0 +1,1 @@
+"""Shards, conversion sources, batch plans, transforms, loaders."""

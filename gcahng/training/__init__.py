@@ -1,0 +1,1 @@
+"""Configuration, the step, the loop, checkpoints, evaluation of checkpoints."""
