@@ -17,9 +17,7 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(
-        include=["gcahng", "gcahng.*", "launch", "launch.*", "shards", "shards.*"]
-    ),
+    packages=find_packages(include=["gcahng", "gcahng.*", "launch", "launch.*", "shards", "shards.*"]),
     package_data={"gcahng": ["py.typed"]},
     install_requires=[
         "torch>=2.11",

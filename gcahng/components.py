@@ -43,8 +43,7 @@ def load_component(path: str) -> Any:
         near = difflib.get_close_matches(attribute, public, n=1)
         hint = f"Did you mean `{near[0]}`?" if near else "Check the spelling."
         raise ConfigError(
-            f"Component `{path}`: module `{module.__name__}` ({_origin(module)}) has no name "
-            f"`{attribute}`. {hint}"
+            f"Component `{path}`: module `{module.__name__}` ({_origin(module)}) has no name `{attribute}`. {hint}"
         )
     return getattr(module, attribute)
 

@@ -64,7 +64,8 @@ def group_major(labels: Tensor) -> BatchLayout:
     sizes = counts.tolist()
     if not sizes:
         raise InputError("`labels` is empty: expected at least one sample.")
-    expected = max(set(sizes), key=sizes.count)
+    # The commonest size; of two as common the larger, since missing samples are the usual fault.
+    expected = max(set(sizes), key=lambda size: (sizes.count(size), size))
     if min(sizes) != max(sizes):
         odd = [(c, n) for c, n in zip(classes.tolist(), sizes, strict=True) if n != expected]
         listed = ", ".join(f"class {c} has {n}" for c, n in odd[:10])

@@ -49,10 +49,7 @@ def synthetic_negatives(
                     pull = factor if coefficients is None else coefficients[i, j] * factor
                     share = (near + (far - near) * pull) / far
                     pulled = z[i] + share * (z[j] - z[i])
-                if fused is None:
-                    fused = pulled
-                else:
-                    fused = pulled + weights[group, g - 1] * (fused - pulled)
+                fused = pulled if fused is None else pulled + weights[group, g - 1] * (fused - pulled)
             columns.append(fused)
         rows.append(torch.stack(columns))
     return torch.stack(rows)
@@ -90,9 +87,7 @@ def similarity(z: Tensor, synthetic: Tensor, num_classes: int) -> Tensor:
     return total / (z.shape[0] * num_classes)
 
 
-def classification(
-    synthetic: Tensor, class_labels: list[int], weight: Tensor, bias: Tensor
-) -> Tensor:
+def classification(synthetic: Tensor, class_labels: list[int], weight: Tensor, bias: Tensor) -> Tensor:
     """J_cls: all entries, the own-class ones included."""
     total = torch.zeros((), dtype=synthetic.dtype)
     for row in synthetic:

@@ -18,7 +18,7 @@ from gcahng.generation.block_losses import (
     synthetic_scores,
 )
 from gcahng.generation.block_synthesis import BatchSynthesis, class_major_plan
-from gcahng.graph import GraphNetwork
+from gcahng.graph import Coefficients, GraphNetwork, GraphOutput, PairPlan
 from gcahng.graph.edge_stage import dense, pair_products, unit_centred
 from gcahng.training.averages import EpochAverages
 from gcahng.training.backend import PlainBackend
@@ -123,87 +123,115 @@ _PARTS: tuple[tuple[str, str, Callable[[str], str | None]], ...] = (
 )
 
 
-def replay_stage(golden: dict[str, np.ndarray], backend: str, compare: Comparison) -> None:
-    """One pass from the starting parameters: edges, read-outs, synthetic negatives, losses and gradients."""
-    config = GoldenConfig.of(golden["config"])
-    modules = build_modules(golden, backend)
-    labels = _tensor(golden["labels"])
-    graph = modules["graph"]
-    assert isinstance(graph, GraphNetwork)
-    plan = class_major_plan(config.num_classes, config.num_samples)
-    weights = _tensor(golden["stage/draws"]).view(config.num_samples, config.num_samples - 1)
-    size = config.num_classes * config.num_samples
+@dataclass(frozen=True)
+class Stage:
+    """A golden file's first pass: the graph on the starting parameters."""
 
-    z = modules["metric_model"](_tensor(golden["x0"])).detach()
-    compare.add("z", z, golden["stage/z"])
-    edges = dense(pair_products(unit_centred(z), plan), plan)
-    compare.add("edges0", edges.view(size * size, -1), golden["stage/edges0"])
+    golden: dict[str, np.ndarray]
+    config: GoldenConfig
+    graph: GraphNetwork
+    plan: PairPlan
+    weights: Tensor
+    labels: Tensor
+    z: Tensor
+    output: GraphOutput
 
-    z.requires_grad_()
-    output = graph(z, labels, plan=plan)
-    coefficients = output.coefficients
-    assert coefficients is not None
-    table = output.pull_coefficients
-    compare.add("node_logits", output.node_logits, golden["stage/node_logits"])
-    compare.add("coef", table.view(size * size, -1), golden["stage/coef"])
+    @classmethod
+    def of(cls, golden: dict[str, np.ndarray], backend: str) -> "Stage":
+        config = GoldenConfig.of(golden["config"])
+        modules = build_modules(golden, backend)
+        graph = modules["graph"]
+        assert isinstance(graph, GraphNetwork)
+        labels = _tensor(golden["labels"])
+        plan = class_major_plan(config.num_classes, config.num_samples)
+        weights = _tensor(golden["stage/draws"]).view(config.num_samples, config.num_samples - 1)
+        z = modules["metric_model"](_tensor(golden["x0"])).detach().requires_grad_()
+        return cls(golden, config, graph, plan, weights, labels, z, graph(z, labels, plan=plan))
 
-    def synthesise(values: Tensor) -> Tensor:
+    @property
+    def coefficients(self) -> Coefficients:
+        assert self.output.coefficients is not None
+        return self.output.coefficients
+
+    def synthesise(self, table: Tensor) -> Tensor:
         return generate_negatives(
-            z,
-            labels,
-            values,
-            alpha=config.alpha,
-            mean_metric_loss=config.mean_metric_loss,
-            weights=weights,
+            self.z,
+            self.labels,
+            table,
+            alpha=self.config.alpha,
+            mean_metric_loss=self.config.mean_metric_loss,
+            weights=self.weights,
         )
 
-    synthetic = synthesise(table)
-    compare.add("synthetic", synthetic.view(-1, config.dim), golden["stage/synthetic"])
 
-    metric_loss = losses.NPairPlusLoss()(z, labels)
-    compare.add("loss_npair", metric_loss, golden["stage/loss_npair"])
-    (gradient,) = torch.autograd.grad(metric_loss, z)
-    compare.add("grad_npair_z", gradient, golden["stage/grad_npair_z"])
+def replay_stage(golden: dict[str, np.ndarray], backend: str, compare: Comparison) -> None:
+    """One pass from the starting parameters: edges, read-outs, synthetic negatives, losses and gradients."""
+    stage = Stage.of(golden, backend)
+    size = stage.config.num_classes * stage.config.num_samples
+    compare.add("z", stage.z, golden["stage/z"])
+    edges = dense(pair_products(unit_centred(stage.z.detach()), stage.plan), stage.plan)
+    compare.add("edges0", edges.view(size * size, -1), golden["stage/edges0"])
+    table = stage.output.pull_coefficients
+    compare.add("node_logits", stage.output.node_logits, golden["stage/node_logits"])
+    compare.add("coef", table.view(size * size, -1), golden["stage/coef"])
+    compare.add("synthetic", stage.synthesise(table).view(-1, stage.config.dim), golden["stage/synthetic"])
+    _metric_losses(stage, compare)
+    _synthetic_losses(stage, compare)
+    _diversity(stage, compare)
 
-    batch = BatchSynthesis.of(
-        z, plan, config.num_samples, Interpolation(config.alpha, config.mean_metric_loss), weights
-    )
-    sums = synthetic_scores(batch, coefficients)
+
+def _metric_losses(stage: Stage, compare: Comparison) -> None:
+    metric_loss = losses.NPairPlusLoss()(stage.z, stage.labels)
+    compare.add("loss_npair", metric_loss, stage.golden["stage/loss_npair"])
+    (gradient,) = torch.autograd.grad(metric_loss, stage.z)
+    compare.add("grad_npair_z", gradient, stage.golden["stage/grad_npair_z"])
+    proxy_anchor = losses.ProxyAnchorLoss(stage.config.training_classes, stage.config.dim).double()
+    with torch.no_grad():
+        proxy_anchor.proxies.copy_(_tensor(stage.golden["stage/proxies"]))
+    loss = proxy_anchor(stage.z, stage.labels)
+    compare.add("loss_proxy_anchor", loss, stage.golden["stage/loss_proxy_anchor"])
+    gradients = torch.autograd.grad(loss, [stage.z, proxy_anchor.proxies])
+    compare.add("grad_pa_z", gradients[0], stage.golden["stage/grad_pa_z"], "grad_pa")
+    compare.add("grad_pa_proxies", gradients[1], stage.golden["stage/grad_pa_proxies"], "grad_pa")
+
+
+def _synthetic_losses(stage: Stage, compare: Comparison) -> None:
+    """J_syn from the full table and by blocks."""
+    config, z, table = stage.config, stage.z, stage.output.pull_coefficients
+    rule = Interpolation(config.alpha, config.mean_metric_loss)
+    batch = BatchSynthesis.of(z, stage.plan, config.num_samples, rule, stage.weights)
+    sums = synthetic_scores(batch, stage.coefficients)
     by_blocks = losses.synthetic_loss_from_scores(z, sums.scores, sums.square_sum, config.num_samples)
-    for name, loss in (
-        ("table", losses.synthetic_n_pair_loss(z, synthetic)),
-        ("blocks", by_blocks),
-    ):
-        compare.add(f"loss_syn_npair ({name})", loss, golden["stage/loss_syn_npair"])
+    by_table = losses.synthetic_n_pair_loss(z, stage.synthesise(table))
+    for name, loss in (("table", by_table), ("blocks", by_blocks)):
+        compare.add(f"loss_syn_npair ({name})", loss, stage.golden["stage/loss_syn_npair"])
         (gradient,) = torch.autograd.grad(loss, z, retain_graph=True)
-        compare.add(f"grad_syn_z ({name})", gradient, golden["stage/grad_syn_z"])
-    detached = losses.synthetic_n_pair_loss(z, synthesise(table.detach()))
+        compare.add(f"grad_syn_z ({name})", gradient, stage.golden["stage/grad_syn_z"])
+    detached = losses.synthetic_n_pair_loss(z, stage.synthesise(table.detach()))
     (gradient,) = torch.autograd.grad(detached, z)
-    compare.add("grad_syn_z_coef_detached", gradient, golden["stage/grad_syn_z_coef_detached"])
+    compare.add("grad_syn_z_coef_detached", gradient, stage.golden["stage/grad_syn_z_coef_detached"])
 
-    row_mean = coefficient_row_sums(coefficients, plan) / size
-    by_blocks = losses.diversity_from_spread(coefficient_spread(coefficients, row_mean, plan), size)
-    named = {n: p for n, p in graph.named_parameters() if p.requires_grad}
-    for name, loss in (("table", losses.diversity_loss(table)), ("blocks", by_blocks)):
-        compare.add(f"loss_diversity ({name})", loss, golden["stage/loss_diversity"])
+
+def _diversity(stage: Stage, compare: Comparison) -> None:
+    """J_div and its gradient in every parameter, from the full table and by blocks."""
+    size, table = stage.z.shape[0], stage.output.pull_coefficients
+    row_mean = coefficient_row_sums(stage.coefficients, stage.plan) / size
+    spread = coefficient_spread(stage.coefficients, row_mean, stage.plan)
+    named = {n: p for n, p in stage.graph.named_parameters() if p.requires_grad}
+    for name, loss in (
+        ("table", losses.diversity_loss(table)),
+        ("blocks", losses.diversity_from_spread(spread, size)),
+    ):
+        compare.add(f"loss_diversity ({name})", loss, stage.golden["stage/loss_diversity"])
         gradients = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
         got = dict(zip(named, gradients, strict=True))
-        for key in [k for k in golden if k.startswith("stage/grad_div/")]:
+        for key in [k for k in stage.golden if k.startswith("stage/grad_div/")]:
             ours = graph_name(key.removeprefix("stage/grad_div/"))
             if ours is None:
                 continue
             value = got[ours]
             assert value is not None, f"{ours} has no gradient"
-            compare.add(f"grad_div ({name}) {ours}", value, golden[key], f"grad_div {name}")
-
-    proxy_anchor = losses.ProxyAnchorLoss(config.training_classes, config.dim).double()
-    with torch.no_grad():
-        proxy_anchor.proxies.copy_(_tensor(golden["stage/proxies"]))
-    loss = proxy_anchor(z, labels)
-    compare.add("loss_proxy_anchor", loss, golden["stage/loss_proxy_anchor"])
-    gradients = torch.autograd.grad(loss, [z, proxy_anchor.proxies])
-    compare.add("grad_pa_z", gradients[0], golden["stage/grad_pa_z"], "grad_pa")
-    compare.add("grad_pa_proxies", gradients[1], golden["stage/grad_pa_proxies"], "grad_pa")
+            compare.add(f"grad_div ({name}) {ours}", value, stage.golden[key], f"grad_div {name}")
 
 
 def _golden_backend(golden: dict[str, np.ndarray], backend: str) -> PlainBackend:

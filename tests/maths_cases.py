@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from golden_replay import Comparison
 from torch import Tensor
 
 from gcahng.generation.block_synthesis import class_major_plan
 from gcahng.graph import GraphNetwork, PairPlan
-from golden_replay import Comparison
 
 # Between two paths of our own in float64 (method, section on golden files).
 OWN_PATHS = 1e-10
@@ -89,9 +89,7 @@ def plan_of(size: Size) -> PairPlan:
     return class_major_plan(size.num_classes, size.num_samples)
 
 
-def results(
-    graph: GraphNetwork, z: Tensor, labels: Tensor, *, seed: int = 5, **call: object
-) -> dict[str, Tensor]:
+def results(graph: GraphNetwork, z: Tensor, labels: Tensor, *, seed: int = 5, **call: object) -> dict[str, Tensor]:
     """Outputs of a graph and the gradients of a random functional of them, by name.
 
     The functional weighs the two directions of a pair differently and reaches every parameter.
@@ -102,8 +100,7 @@ def results(
     table = output.pull_coefficients
     draw = generator(seed)
     mix_nodes, mix_pairs = (
-        torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.dtype)
-        for t in (output.node_logits, table)
+        torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.dtype) for t in (output.node_logits, table)
     )
     ((output.node_logits * mix_nodes).sum() + (table * mix_pairs).sum()).backward()
     assert z.grad is not None
@@ -127,9 +124,7 @@ def errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, f
     return dict(compare.errors())
 
 
-def assert_close(
-    got: Mapping[str, Tensor], want: Mapping[str, Tensor], tolerance: float = OWN_PATHS
-) -> None:
+def assert_close(got: Mapping[str, Tensor], want: Mapping[str, Tensor], tolerance: float = OWN_PATHS) -> None:
     found = errors(got, want)
     worst = max(found, key=lambda name: found[name])
     assert found[worst] <= tolerance, f"{worst} is off by {found[worst]:.2e} > {tolerance:.0e}"

@@ -52,9 +52,7 @@ def test_loads_from_the_standard_library():
     assert load_component("collections:OrderedDict") is collections.OrderedDict
 
 
-@pytest.mark.parametrize(
-    "path", ["", "plain", "a b.c", "my_parts.losses:", "a:b:c", "1a.b", "a..b"]
-)
+@pytest.mark.parametrize("path", ["", "plain", "a b.c", "my_parts.losses:", "a:b:c", "1a.b", "a..b"])
 def test_refuses_another_form(path):
     assert not is_component_path(path)
     with pytest.raises(ConfigError, match=r"is no dotted path\. Write it as `package.module:Name`"):

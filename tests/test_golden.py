@@ -85,9 +85,7 @@ def test_command_refuses_a_file_of_unknown_kind(tmp_path: Path) -> None:
     assert "neither a configuration file" in done.stderr
 
 
-def test_command_refuses_what_is_no_archive(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_refuses_what_is_no_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.npz"
     text.write_text("not an archive")
     cut = tmp_path / "cut.npz"

@@ -44,6 +44,11 @@ def test_classes_of_unequal_size_are_listed() -> None:
         group_major(torch.tensor([9, 9, 9, 4, 1, 1, 2, 2, 5, 5]))
 
 
+def test_of_two_equally_common_sizes_the_smaller_one_offends() -> None:
+    with pytest.raises(InputError, match=r"most classes have 3 samples, but class 1 has 2\."):
+        group_major(torch.tensor([0, 0, 0, 1, 1]))
+
+
 def test_a_long_list_of_offenders_is_cut() -> None:
     labels = torch.cat([torch.arange(13), torch.arange(100, 120).repeat(2)])
     with pytest.raises(InputError, match=r"class 9 has 1 and 3 more classes"):

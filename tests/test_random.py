@@ -24,9 +24,7 @@ KNOWN = [
 
 
 @pytest.mark.parametrize(("counter", "key", "result"), KNOWN)
-def test_known_answers(
-    counter: tuple[int, ...], key: tuple[int, int], result: tuple[int, ...]
-) -> None:
+def test_known_answers(counter: tuple[int, ...], key: tuple[int, int], result: tuple[int, ...]) -> None:
     words = philox(key[0] | key[1] << 32, [torch.tensor([word]) for word in counter])
     assert [int(word) for word in words] == list(result)
 
@@ -94,9 +92,7 @@ def test_a_mixing_weight_is_a_function_of_its_groups_alone() -> None:
 
 
 def test_mixing_weights_are_uniform_over_steps() -> None:
-    drawn = torch.cat(
-        [mixing_weights(3, seed=0, step=step, phase="metric").flatten() for step in range(1000)]
-    )
+    drawn = torch.cat([mixing_weights(3, seed=0, step=step, phase="metric").flatten() for step in range(1000)])
     assert float(drawn.mean()) == pytest.approx(0.5, abs=0.015)
     assert float(drawn.var()) == pytest.approx(1 / 12, abs=0.005)
 

@@ -214,9 +214,7 @@ class EvalImages(Dataset[tuple[Tensor, Tensor, Tensor] | Failure]):
         max_pixels: Limit of a decoded image.
     """
 
-    def __init__(
-        self, images: ImageSource, settings: TransformSettings, max_pixels: int = MAX_PIXELS
-    ) -> None:
+    def __init__(self, images: ImageSource, settings: TransformSettings, max_pixels: int = MAX_PIXELS) -> None:
         self.images = images
         self.settings = settings
         self.max_pixels = max_pixels
@@ -233,9 +231,7 @@ class EvalImages(Dataset[tuple[Tensor, Tensor, Tensor] | Failure]):
         return torch.stack(images), torch.from_numpy(class_ids), torch.from_numpy(rows.copy())
 
 
-def _read(
-    source: ImageSource, row: int, max_pixels: int, transform: Callable[[Image.Image], Tensor]
-) -> Tensor:
+def _read(source: ImageSource, row: int, max_pixels: int, transform: Callable[[Image.Image], Tensor]) -> Tensor:
     content = source.read(row)
     name = _image_name(source, row)
     image = decode_image(content, name=name, max_pixels=max_pixels)

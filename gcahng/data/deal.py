@@ -116,9 +116,7 @@ class Deal:
         if turn == 0:
             previous = self._first
         else:
-            previous = (
-                self._rounds[turn - 1] if turn - 1 in self._rounds else self._shuffled(turn - 1)
-            )
+            previous = self._rounds[turn - 1] if turn - 1 in self._rounds else self._shuffled(turn - 1)
         head = order[: self._step]
         free = ~np.isin(head, previous[previous.size - held :])
         free &= np.cumsum(free) <= self._step - held

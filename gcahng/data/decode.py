@@ -42,8 +42,7 @@ def decode_image(content: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> 
         ) from None
     if image.width * image.height > max_pixels:
         raise DataError(
-            f"{name} has too many pixels: expected at most {max_pixels}, got {image.width} x "
-            f"{image.height}. {_REPAIR}"
+            f"{name} has too many pixels: expected at most {max_pixels}, got {image.width} x {image.height}. {_REPAIR}"
         )
     try:
         image.load()

@@ -37,9 +37,7 @@ def check_seed(seed: int) -> int:
         InputError: It is no integer in [0, 2**63).
     """
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
-        raise InputError(
-            f"`seed` must be an integer from 0 to 2**63 - 1, got {seed!r}. Choose another seed."
-        )
+        raise InputError(f"`seed` must be an integer from 0 to 2**63 - 1, got {seed!r}. Choose another seed.")
     return int(seed)
 
 

@@ -5,8 +5,11 @@ about its batch, so the batches do not depend on the number of workers, and a ru
 (epoch, batch) sees what it would have seen.
 """
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,7 +84,8 @@ class TrainLoader:
         self.plan(0)  # a fault of the arguments is found now, not in the first epoch
         self._requests = _Requests()
         images = TrainImages(shards, table, transform, seed, on_error, max_pixels)
-        self._loader = _data_loader(images, self._requests, num_workers, pin_memory)
+        self._make_loader = partial(_data_loader, images, self._requests, num_workers, pin_memory, keep=True)
+        self._loader = self._make_loader()
 
     def plan(self, epoch: int) -> EpochPlan:
         """The plan of an epoch."""
@@ -103,11 +107,22 @@ class TrainLoader:
             )
         return EpochLoader(self, plan, epoch, start_batch)
 
+    def close(self) -> None:
+        """End the worker processes; another epoch would start new ones."""
+        self._loader = self._make_loader()
+
     def _run(self, plan: EpochPlan, epoch: int, start_batch: int) -> Iterator[Batch]:
         self._requests.begin(plan, epoch, start_batch)
         mine = self._requests.run
-        for answer in self._loader:
-            yield _unwrap(answer)
+        answers = iter(self._loader)
+        while (answer := next(answers, None)) is not None:
+            if isinstance(answer, Failure):
+                # The traceback would keep the workers, and torch takes seconds to end each of them
+                # once they are left to the garbage collector.
+                del answers
+                self.close()
+                raise DataError(answer.message)
+            yield answer
             if self._requests.run != mine:
                 raise InputError(
                     f"The iterator of epoch {epoch} is no longer valid: another one of the same "
@@ -178,8 +193,12 @@ class EvalLoader:
         return self._num_batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for answer in self._loader:
-            yield _unwrap(answer)
+        answers = iter(self._loader)
+        while (answer := next(answers, None)) is not None:
+            if isinstance(answer, Failure):
+                del answers  # ends the workers, see TrainLoader
+                raise DataError(answer.message)
+            yield answer
 
 
 def eval_loader(
@@ -210,9 +229,7 @@ def eval_loader(
     rows = np.asarray(rows, dtype=np.int64)
     chunks = [rows[start : start + batch_size] for start in range(0, rows.size, batch_size)]
     images = EvalImages(shards, transform, max_pixels)
-    return EvalLoader(
-        _data_loader(images, chunks, num_workers, pin_memory, keep=False), len(chunks)
-    )
+    return EvalLoader(_data_loader(images, chunks, num_workers, pin_memory), len(chunks))
 
 
 class _Requests:
@@ -237,7 +254,7 @@ class _Requests:
 
 
 def _data_loader(
-    dataset: Any, requests: Any, num_workers: int, pin_memory: bool, keep: bool = True
+    dataset: Any, requests: Any, num_workers: int, pin_memory: bool, keep: bool = False
 ) -> DataLoader[Any]:
     if num_workers < 0:
         raise InputError(f"`num_workers` must be 0 or more, got {num_workers}. Raise it.")
@@ -261,18 +278,21 @@ def _as_it_is(answer: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    """Leave signals to the main process.
+    """Leave signals to the main process, and computing to one thread.
 
     Ctrl-C and a scheduler's SIGTERM reach the whole process group. The main process finishes its
-    step and saves, for which it needs its workers; they end with it: torch tells them to, and they
-    look every few seconds whether their parent lives.
+    step and saves, for which it needs its workers. They end when it tells them to, which may be by
+    a SIGTERM of its own, or (torch looks every few seconds) when it is gone.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it; there SIGTERM ends a worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def _unwrap(answer: Any) -> Any:
-    if isinstance(answer, Failure):
-        raise DataError(answer.message)
-    return answer
+def _obey_parent(parent: int) -> None:
+    """End this process at a SIGTERM of its parent; take no notice of others."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

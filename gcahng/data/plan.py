@@ -89,9 +89,7 @@ def _check_sizes(table: ClassTable, epoch: int, num_classes: int, num_samples: i
             "Raise it; metric losses need 2."
         )
     if num_classes < 1:
-        raise InputError(
-            f"`num_classes` (classes per batch) must be at least 1, got {num_classes}. Raise it."
-        )
+        raise InputError(f"`num_classes` (classes per batch) must be at least 1, got {num_classes}. Raise it.")
     if num_classes > table.num_classes:
         dropped = f" ({table.dropped.size} small ones were dropped)" if table.dropped.size else ""
         raise InputError(
@@ -104,9 +102,7 @@ def _check_sizes(table: ClassTable, epoch: int, num_classes: int, num_samples: i
 class _CheckedPlan:
     """The plan of an own sampler, each batch checked before it is used."""
 
-    def __init__(
-        self, plan: EpochPlan, table: ClassTable, num_classes: int, num_samples: int, name: str
-    ) -> None:
+    def __init__(self, plan: EpochPlan, table: ClassTable, num_classes: int, num_samples: int, name: str) -> None:
         self._plan = plan
         self._table = table
         self._shape = (num_samples, num_classes)

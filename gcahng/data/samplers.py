@@ -20,9 +20,7 @@ _CACHED_CLASS = 512  # images from which a class's dealing is kept between its v
 class _Plan:
     """What the samplers share: sizes and the check of a batch number."""
 
-    def __init__(
-        self, table: ClassTable, seed: int, epoch: int, num_classes: int, num_samples: int
-    ) -> None:
+    def __init__(self, table: ClassTable, seed: int, epoch: int, num_classes: int, num_samples: int) -> None:
         self.table = table
         self.seed = seed
         self.epoch = epoch
@@ -36,8 +34,7 @@ class _Plan:
     def _check_index(self, index: int) -> None:
         if not 0 <= index < self._length:
             raise InputError(
-                f"`index` of a batch must be from 0 to {self._length - 1}, got {index}. Go on "
-                "with the next epoch."
+                f"`index` of a batch must be from 0 to {self._length - 1}, got {index}. Go on with the next epoch."
             )
 
 
@@ -55,9 +52,7 @@ class UniformPlan(_Plan):
     shows all, each floor(K / n) or ceil(K / n) times.
     """
 
-    def __init__(
-        self, table: ClassTable, seed: int, epoch: int, num_classes: int, num_samples: int
-    ) -> None:
+    def __init__(self, table: ClassTable, seed: int, epoch: int, num_classes: int, num_samples: int) -> None:
         super().__init__(table, seed, epoch, num_classes, num_samples)
         self._rounds, num_extra = divmod(len(self) * num_classes, table.num_classes)
         self._extra = Deal(
@@ -83,10 +78,7 @@ class UniformPlan(_Plan):
         labels = self._classes.block(index)
         earlier = self.epoch * self._rounds + self._extra.count_before(self.epoch, labels)
         visits = earlier + self._classes.count_before(index, labels)
-        columns = [
-            self._images(label, visit)
-            for label, visit in zip(labels.tolist(), visits.tolist(), strict=True)
-        ]
+        columns = [self._images(label, visit) for label, visit in zip(labels.tolist(), visits.tolist(), strict=True)]
         return BatchPlan(labels, np.stack(columns, axis=1))
 
     def _images(self, label: int, visit: int) -> NDArray[np.int64]:
@@ -125,9 +117,7 @@ class ReleasedPlan(_Plan):
     a few times per epoch, and its next images are a random draw either way.
     """
 
-    def __init__(
-        self, table: ClassTable, seed: int, epoch: int, num_classes: int, num_samples: int
-    ) -> None:
+    def __init__(self, table: ClassTable, seed: int, epoch: int, num_classes: int, num_samples: int) -> None:
         super().__init__(table, seed, epoch, num_classes, num_samples)
         # Visits depend on all batches before, so they are counted once, in order, and kept.
         self._labels = np.empty((len(self), num_classes), np.int32)

@@ -58,13 +58,9 @@ class ClassTable:
                 left, or an option has another value.
         """
         if small_classes not in ("repeat", "drop"):
-            raise InputError(
-                f"`small_classes` must be 'repeat' or 'drop', got {small_classes!r}. Choose one."
-            )
+            raise InputError(f"`small_classes` must be 'repeat' or 'drop', got {small_classes!r}. Choose one.")
         if samples_per_class < 1:
-            raise InputError(
-                f"`samples_per_class` must be at least 1, got {samples_per_class}. Raise it."
-            )
+            raise InputError(f"`samples_per_class` must be at least 1, got {samples_per_class}. Raise it.")
         labels = _integers("class_id", class_id)
         chosen = np.arange(labels.size) if rows is None else _integers("rows", rows)
         chosen = _ascending_rows(chosen, labels.size)
@@ -140,9 +136,7 @@ class ClassTable:
         return np.sort(self.rows[np.repeat(np.isin(self.class_ids, class_ids), self.counts)])
 
 
-def split_validation(
-    table: ClassTable, share: float, seed: int
-) -> tuple[ClassTable, NDArray[np.int64]]:
+def split_validation(table: ClassTable, share: float, seed: int) -> tuple[ClassTable, NDArray[np.int64]]:
     """Hold classes out for validation.
 
     Args:
@@ -157,8 +151,7 @@ def split_validation(
     """
     if not 0 <= share < 1:
         raise InputError(
-            f"`share` of validation classes must be from 0 to below 1, got {share}. Give a share "
-            "such as 0.1."
+            f"`share` of validation classes must be from 0 to below 1, got {share}. Give a share such as 0.1."
         )
     total = table.num_classes
     held_out = round(share * total)
@@ -200,8 +193,7 @@ def _ascending_rows(rows: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     repeats = rows[1:][rows[1:] == rows[:-1]]
     if repeats.size:
         raise InputError(
-            f"`rows` must not repeat a sample: row {repeats[0]} occurs more than once. Pass each "
-            "row once."
+            f"`rows` must not repeat a sample: row {repeats[0]} occurs more than once. Pass each row once."
         )
     return rows
 

@@ -109,9 +109,7 @@ def _numbers(values: object, count: int) -> bool:
     )
 
 
-def _cropped(
-    mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> TransformSettings:
+def _cropped(mean: tuple[float, float, float], std: tuple[float, float, float]) -> TransformSettings:
     return TransformSettings(
         crop=256,
         train_crop="random",
@@ -175,8 +173,7 @@ def transform_settings(
 def _scaled(settings: TransformSettings, image_size: int) -> dict[str, Any]:
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
         raise ConfigError(
-            f"`image_size` must be a whole number of pixels, got {image_size!r}. Give a size such "
-            "as 224."
+            f"`image_size` must be a whole number of pixels, got {image_size!r}. Give a size such as 224."
         )
     sizes: dict[str, Any] = {
         "crop": image_size,

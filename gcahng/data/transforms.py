@@ -43,9 +43,7 @@ def train_draws(seed: int, epoch: int, position: int) -> np.random.Generator:
     return np.random.Generator(stream(seed, Purpose.TRANSFORM, epoch, position))
 
 
-def train_transform(
-    image: Image.Image, settings: TransformSettings, draws: np.random.Generator
-) -> Tensor:
+def train_transform(image: Image.Image, settings: TransformSettings, draws: np.random.Generator) -> Tensor:
     """Crop, resize and flip at random.
 
     "random_resized" is a random crop of random area and shape, resized, with the distribution of

@@ -15,7 +15,7 @@ from gcahng.generation.interpolation import (
     positive_distances,
     way_shares,
 )
-from gcahng.layout import check_embeddings, check_labels, group_major
+from gcahng.layout import BatchLayout, check_embeddings, check_labels, group_major
 
 
 def generate_negatives(
@@ -40,8 +40,8 @@ def generate_negatives(
             for every channel ("single").
         alpha: Hardness pace.
         mean_metric_loss: Mean metric loss of the previous epoch.
-        weights: (K, K-1) mixing weights (see `gcahng.random.mixing_weights`); by default drawn from torch's global
-            generator.
+        weights: (K, K-1) mixing weights, or the same flat in the order anchor group, negative group (see
+            `gcahng.random.mixing_weights`); by default drawn from torch's global generator.
         normalised_distance: The paper's reading of d+ and d-.
     Returns:
         (B, P, D): row i belongs to sample i of the batch, column p to the p-th class in the order of first
@@ -49,20 +49,13 @@ def generate_negatives(
     Raises:
         InputError: Shapes, dtypes or class counts do not fit.
     """
-    check_embeddings(z, "z")
-    check_labels(labels, z.shape[0])
-    layout = group_major(labels)
+    layout = _checked_layout(z, labels, pull_coefficients)
     num_classes, num_samples = layout.num_classes, layout.num_samples
-    if num_samples < 2:
-        raise InputError("`labels` must hold every class at least twice: an anchor needs a positive, got K = 1.")
-    if pull_coefficients is not None and pull_coefficients.shape != (*z.shape[:1], *z.shape):
-        raise InputError(
-            f"`pull_coefficients` must have shape (B, B, D) = {(z.shape[0], *z.shape)}: "
-            f"got {tuple(pull_coefficients.shape)}."
-        )
     rule = Interpolation(alpha, mean_metric_loss, normalised_distance)
     if weights is None:
         weights = torch.rand(num_samples, num_samples - 1, dtype=z.dtype, device=z.device)
+    if weights.shape == (num_samples * (num_samples - 1),):
+        weights = weights.view(num_samples, num_samples - 1)
     if weights.shape != (num_samples, num_samples - 1):
         raise InputError(
             f"`weights` must have shape (K, K-1) = {(num_samples, num_samples - 1)}: got {tuple(weights.shape)}."
@@ -82,3 +75,17 @@ def generate_negatives(
     place = torch.empty_like(order)
     place[order] = torch.arange(order.numel(), device=order.device)
     return fused.reshape(z.shape[0], num_classes, z.shape[1])[place]
+
+
+def _checked_layout(z: Tensor, labels: Tensor, pull_coefficients: Tensor | None) -> BatchLayout:
+    check_embeddings(z, "z")
+    check_labels(labels, z.shape[0])
+    layout = group_major(labels)
+    if layout.num_samples < 2:
+        raise InputError("`labels` must hold every class at least twice: an anchor needs a positive, got K = 1.")
+    if pull_coefficients is not None and pull_coefficients.shape != (*z.shape[:1], *z.shape):
+        raise InputError(
+            f"`pull_coefficients` must have shape (B, B, D) = {(z.shape[0], *z.shape)}: "
+            f"got {tuple(pull_coefficients.shape)}."
+        )
+    return layout

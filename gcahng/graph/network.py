@@ -88,19 +88,8 @@ class GraphNetwork(nn.Module):
             InputError: An argument is out of its range, or the backend cannot do what is asked.
         """
         super().__init__()
-        _check_arguments(embedding_dim, num_classes, num_layers, num_heads, dropout)
-        for value, known, name in (
-            (edge_dropout, ("tied", "independent"), "edge_dropout"),
-            (backend, ("auto", "pairs", "scatter"), "backend"),
-            (norm, ("gelu_layer_norm", "layer_norm"), "norm"),
-        ):
-            if value not in known:
-                raise InputError(f"`{name}` must be one of {', '.join(known)}: got {value!r}.")
-        if backend == "pairs" and edge_dropout == "independent" and dropout > 0:
-            raise InputError(
-                "`backend` 'pairs' computes each unordered pair once and needs edge_dropout 'tied': got "
-                "'independent'. Use backend 'scatter' or 'auto'."
-            )
+        _check_sizes(embedding_dim, num_classes, num_layers, num_heads, dropout)
+        _check_choices(edge_dropout, backend, norm, dropout)
         self.embedding_dim = embedding_dim
         self.dropout = dropout
         self.tied = edge_dropout == "tied"
@@ -276,7 +265,7 @@ class GraphNetwork(nn.Module):
             )
 
 
-def _check_arguments(dim: int, num_classes: int, num_layers: int, num_heads: int, dropout: float) -> None:
+def _check_sizes(dim: int, num_classes: int, num_layers: int, num_heads: int, dropout: float) -> None:
     for value, name in (
         (dim, "embedding_dim"),
         (num_classes, "num_classes"),
@@ -289,6 +278,21 @@ def _check_arguments(dim: int, num_classes: int, num_layers: int, num_heads: int
         raise InputError(f"`num_heads` must divide embedding_dim ({dim}): got {num_heads}.")
     if not 0 <= dropout < 1:
         raise InputError(f"`dropout` must lie in [0, 1): got {dropout}.")
+
+
+def _check_choices(edge_dropout: str, backend: str, norm: str, dropout: float) -> None:
+    for value, known, name in (
+        (edge_dropout, ("tied", "independent"), "edge_dropout"),
+        (backend, ("auto", "pairs", "scatter"), "backend"),
+        (norm, ("gelu_layer_norm", "layer_norm"), "norm"),
+    ):
+        if value not in known:
+            raise InputError(f"`{name}` must be one of {', '.join(known)}: got {value!r}.")
+    if backend == "pairs" and edge_dropout == "independent" and dropout > 0:
+        raise InputError(
+            "`backend` 'pairs' computes each unordered pair once and needs edge_dropout 'tied': got "
+            "'independent'. Use backend 'scatter' or 'auto'."
+        )
 
 
 def _choose_backend(backend: str, symmetric: bool) -> str:

@@ -57,7 +57,7 @@ class ProxyAnchorLoss(nn.Module):
                 f"{int(labels.max())}. Number the training classes from 0."
             )
         similarity = F.normalize(embeddings, dim=1, eps=1e-12) @ F.normalize(self.proxies, dim=1, eps=1e-12).T
-        own = F.one_hot(labels, num_classes).bool()
+        own = F.one_hot(labels.long(), num_classes).bool()
         positive = _log_one_plus_sum(-self.scale * (similarity - self.margin), own)
         negative = _log_one_plus_sum(self.scale * (similarity + self.margin), ~own)
         present = own.any(0)

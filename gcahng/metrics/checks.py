@@ -21,19 +21,16 @@ def check_embeddings(name: str, embeddings: Tensor) -> None:
     """
     if not isinstance(embeddings, Tensor):
         raise InputError(
-            f"`{name}` must be a torch.Tensor: got {type(embeddings).__name__}. "
-            "Convert it with torch.as_tensor."
+            f"`{name}` must be a torch.Tensor: got {type(embeddings).__name__}. Convert it with torch.as_tensor."
         )
     shape = tuple(embeddings.shape)
     if embeddings.ndim != 2 or 0 in shape:
         raise InputError(
-            f"`{name}` must have shape (items, channels), both at least 1: got {shape}. "
-            "Pass one row per image."
+            f"`{name}` must have shape (items, channels), both at least 1: got {shape}. Pass one row per image."
         )
     if not embeddings.is_floating_point():
         raise InputError(
-            f"`{name}` must be floating point: got {embeddings.dtype}. Pass the embeddings, "
-            "not indices or labels."
+            f"`{name}` must be floating point: got {embeddings.dtype}. Pass the embeddings, not indices or labels."
         )
 
 
@@ -63,8 +60,7 @@ def check_labels(name: str, labels: Tensor, embedding_name: str, embeddings: Ten
     """
     if not isinstance(labels, Tensor):
         raise InputError(
-            f"`{name}` must be a torch.Tensor: got {type(labels).__name__}. "
-            "Convert it with torch.as_tensor."
+            f"`{name}` must be a torch.Tensor: got {type(labels).__name__}. Convert it with torch.as_tensor."
         )
     if labels.dtype not in LABEL_DTYPES:
         raise InputError(
@@ -107,8 +103,7 @@ def check_ranks(name: str, ranks: Iterable[int], num_candidates: int) -> tuple[i
     for rank in kept:
         if isinstance(rank, bool) or not isinstance(rank, int):
             raise InputError(
-                f"`{name}` must be integers: got {rank!r} ({type(rank).__name__}). "
-                "Pass them as in ks=(1, 10, 100)."
+                f"`{name}` must be integers: got {rank!r} ({type(rank).__name__}). Pass them as in ks=(1, 10, 100)."
             )
         if not 1 <= rank <= num_candidates:
             raise InputError(

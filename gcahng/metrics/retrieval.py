@@ -142,9 +142,7 @@ class _Search:
             checks.check_embeddings("gallery", gallery)
             checks.check_pair(query, gallery)
             checks.check_finite("gallery", gallery)
-            gallery_labels = checks.check_labels(
-                "gallery_labels", gallery_labels, "gallery", gallery
-            )
+            gallery_labels = checks.check_labels("gallery_labels", gallery_labels, "gallery", gallery)
             num_rows = scores.round_up(len(gallery), scores.TILE_COLUMNS)
             dtype = torch.promote_types(query.dtype, gallery.dtype)
             unit_queries = scores.normalise(query.to(dtype), len(query))
@@ -213,9 +211,7 @@ class _QueryTable:
         )
 
 
-def _rank_chunk(
-    search: _Search, queries: Tensor, row_scores: Tensor, num_neighbours: int, table: _QueryTable
-) -> None:
+def _rank_chunk(search: _Search, queries: Tensor, row_scores: Tensor, num_neighbours: int, table: _QueryTable) -> None:
     """Rank one chunk, (q,) queries by ascending R with (q, G) scores, into the table."""
     widest = max(int(search.num_references[queries[-1]]), num_neighbours)
     step = ranking.rows_per_table(widest)
@@ -223,9 +219,7 @@ def _rank_chunk(
         _rank_slice(search, part, part_scores, num_neighbours, table)
 
 
-def _rank_slice(
-    search: _Search, queries: Tensor, row_scores: Tensor, num_neighbours: int, table: _QueryTable
-) -> None:
+def _rank_slice(search: _Search, queries: Tensor, row_scores: Tensor, num_neighbours: int, table: _QueryTable) -> None:
     """Rank queries whose tables fit into memory together; arguments as in `_rank_chunk`."""
     num_references = search.num_references[queries].unsqueeze(1)
     depth = max(int(num_references.max()), num_neighbours)

@@ -109,7 +109,7 @@ class PlainBackend:
             self.optimizers[name].zero_grad(set_to_none=True)
 
     def _check_gradients(self, names: Sequence[str], reach: str) -> None:
-        """Raise before any parameter moves if a gradient is not finite."""
+        """Raise before any parameter moves, and drop the gradients, if one of them is not finite."""
         groups = {name: [g["params"] for g in self.optimizers[name].param_groups] for name in names}
         for name, parameter_groups in groups.items():
             gradients = [p.grad for group in parameter_groups for p in group if p.grad is not None]
@@ -117,6 +117,8 @@ class PlainBackend:
                 continue
             norms = torch.stack(torch._foreach_norm(gradients, ord=float("inf")))
             if not bool(torch.isfinite(norms).all()):
+                for each in names:
+                    self.optimizers[each].zero_grad(set_to_none=True)
                 raise TrainingError(
                     f"Gradients of `{name}` are not finite in the {reach} pass; no parameter was moved. "
                     "Lower the learning rate, or train with precision fp32."

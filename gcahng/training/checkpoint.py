@@ -9,6 +9,7 @@ It is written as `step-N.partial` and renamed; a write that fails leaves nothing
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -185,12 +186,19 @@ def load_optimizer(optimizer: Optimizer, folder: Path, name: str) -> None:
     """Load one optimiser's state.
 
     Raises:
-        DataError: The file is missing.
+        DataError: The file is missing, or holds other things than tensors and plain values.
     """
     file = folder / f"optimizer-{name}.pt"
     if not file.is_file():
         raise DataError(f"Checkpoint {folder} lacks {file.name}: it cannot be resumed. Use train.init_from.")
-    optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{file} holds more than tensors and plain values: it is not read, since that could run code. "
+            "Use train.init_from."
+        ) from error
+    optimizer.load_state_dict(state)
 
 
 def start_from(modules: Mapping[str, nn.Module], folder: Path, *, same_classes: bool) -> list[str]:

@@ -42,8 +42,7 @@ def _name_or_path(*names: str) -> Limit:
 def _ordered_pair(low: float, high: float) -> Limit:
     return Limit(
         lambda pair: low < pair[0] <= pair[1] <= high,
-        f"be two increasing numbers above {low:g}"
-        + (f" and at most {high:g}" if math.isfinite(high) else ""),
+        f"be two increasing numbers above {low:g}" + (f" and at most {high:g}" if math.isfinite(high) else ""),
     )
 
 
@@ -216,8 +215,7 @@ RELATIONS: tuple[Relation, ...] = (
     Relation(
         ("eval.gallery_split", "eval.protocol"),
         lambda gallery, protocol: protocol == "self" and gallery is not None,
-        "eval.protocol=self searches no other split: got {0}. Set it to null, or "
-        "eval.protocol=query_gallery",
+        "eval.protocol=self searches no other split: got {0}. Set it to null, or eval.protocol=query_gallery",
     ),
 )
 
@@ -238,9 +236,7 @@ def limit_fault(key: str, value: Any) -> str | None:
 def _matches(key: str, pattern: str) -> bool:
     """Compare part by part; `*` stands for one part, dots excluded (unlike in file globs)."""
     names, wanted = key.split("."), pattern.split(".")
-    return len(names) == len(wanted) and all(
-        part in ("*", name) for name, part in zip(names, wanted, strict=True)
-    )
+    return len(names) == len(wanted) and all(part in ("*", name) for name, part in zip(names, wanted, strict=True))
 
 
 def relation_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -175,9 +175,7 @@ def _build(layers: _Layers, title: str) -> Config:
         else:
             layers.add_fault(key, leaf.source, fault)
     for key, fault in relation_faults(values):
-        sources = [
-            leaf.source for name, leaf in layers.leaves.items() if f"{name}.".startswith(f"{key}.")
-        ]
+        sources = [leaf.source for name, leaf in layers.leaves.items() if f"{name}.".startswith(f"{key}.")]
         layers.add_fault(key, sources[-1] if sources else "default", fault)
     if layers.faults:
         count = len(layers.faults)

@@ -41,18 +41,14 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"Configuration `{path}` cannot be read: {error}. Give the path of a YAML file."
-        ) from error
+        raise ConfigError(f"Configuration `{path}` cannot be read: {error}. Give the path of a YAML file.") from error
     try:
         tree, repeated = _load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(
-            f"Configuration `{path}`{place} is no valid YAML: {problem}. Repair that line."
-        ) from error
+        raise ConfigError(f"Configuration `{path}`{place} is no valid YAML: {problem}. Repair that line.") from error
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):

@@ -56,9 +56,7 @@ class Neighbour(NamedTuple):
     score: float
 
 
-def choose_queries(
-    average_precision: Tensor, num_worst: int, num_typical: int
-) -> list[tuple[int, str]]:
+def choose_queries(average_precision: Tensor, num_worst: int, num_typical: int) -> list[tuple[int, str]]:
     """Pick the queries with the lowest values and those nearest to the median.
 
     Args:
@@ -110,18 +108,14 @@ def neighbour_picture(
     rows = [Query(*query) for query in queries]
     ranked = [[Neighbour(*item) for item in row] for row in neighbours]
     if not rows:
-        raise InputError(
-            "`queries` must hold at least one query: got 0. Raise the number of queries to show."
-        )
+        raise InputError("`queries` must hold at least one query: got 0. Raise the number of queries to show.")
     if len(rows) != len(ranked):
         raise InputError(
             f"`neighbours` must have one list per query: expected {len(rows)}, got {len(ranked)}. "
             "Pass an empty list for a query without neighbours."
         )
     if not path.parent.is_dir():
-        raise InputError(
-            f"`path` must lie in an existing folder: got '{path}'. Create '{path.parent}' first."
-        )
+        raise InputError(f"`path` must lie in an existing folder: got '{path}'. Create '{path.parent}' first.")
     with warnings.catch_warnings():
         # A class name in a script without a font is drawn as boxes; the picture is still of use.
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from font")
@@ -137,8 +131,7 @@ def _draw(rows: list[Query], ranked: list[list[Neighbour]], title: str) -> "Figu
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError(
-            "pictures need matplotlib, which is not installed. "
-            "Install it with: pip install 'gcahng[pictures]'"
+            "pictures need matplotlib, which is not installed. Install it with: pip install 'gcahng[pictures]'"
         ) from error
 
     num_columns = max(len(row) for row in ranked)
@@ -181,9 +174,7 @@ def _draw_query(axes: "Axes", query: Query, left: float, top: float) -> None:
     centre = left + IMAGE / 2
     _draw_image(axes, query.image, left, top, QUERY_COLOUR, "solid", 2.4)
     heading = f"query, {query.note}" if query.note else "query"
-    _text(
-        axes, centre, top - 0.05, heading, fontsize=7, color=QUERY_COLOUR, ha="center", va="bottom"
-    )
+    _text(axes, centre, top - 0.05, heading, fontsize=7, color=QUERY_COLOUR, ha="center", va="bottom")
     _text(
         axes,
         centre,

@@ -113,7 +113,7 @@ class TrainingStep:
 
         # Phase 1
         z = self.backend.forward("metric_model", images).to(_loss_dtype(images))
-        self._require_finite_rows(z)
+        self._require_finite_rows(z, images)
         report = self._metric_pass(z, labels, plan, rule, averages, step, mixing)
         z = z.detach()
         if self.settings.generate:
@@ -250,16 +250,20 @@ class TrainingStep:
     def _move(self, loss: Tensor, names: tuple[str, ...], reach: str) -> None:
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
-                f"The {reach} loss is {float(loss)}; no parameter was moved in this phase. Lower the learning rate, "
-                "or train with precision fp32."
+                f"The {reach} loss is {float(loss.detach())}; no parameter was moved in this phase. "
+                "Lower the learning rate, or train with precision fp32."
             )
         self.backend.backward(loss)
         self.backend.step(names, reach)
 
-    def _require_finite_rows(self, z: Tensor) -> None:
+    def _require_finite_rows(self, z: Tensor, images: Tensor) -> None:
         finite = torch.isfinite(z.detach()).all(1)
-        if not bool(finite.all()):
-            raise NonFiniteEmbedding(torch.nonzero(~finite)[:, 0].tolist())
+        if bool(finite.all()):
+            return
+        # A norm over the batch spreads one bad image to every embedding: name the images that are bad themselves.
+        whole = torch.isfinite(images.detach()).flatten(1).all(1)
+        good = finite if bool(whole.all()) else whole
+        raise NonFiniteEmbedding(torch.nonzero(~good)[:, 0].tolist())
 
 
 class NonFiniteEmbedding(TrainingError):

@@ -10,9 +10,7 @@ from gcahng.data.draws import Purpose, stream
 
 
 def make_deal(size: int, block: int, seed: int = 0, first: np.ndarray | None = None) -> Deal:
-    return Deal(
-        size, block, lambda draw, index: stream(seed, Purpose.CLASS_IMAGES, 5, draw, index), first
-    )
+    return Deal(size, block, lambda draw, index: stream(seed, Purpose.CLASS_IMAGES, 5, draw, index), first)
 
 
 @st.composite

@@ -40,7 +40,7 @@ def test_a_permutation_holds_every_number(size):
 
 
 def test_permutations_are_uniform():
-    counts = {order: 0 for order in itertools.permutations(range(3))}
+    counts = dict.fromkeys(itertools.permutations(range(3)), 0)
     for draw in range(6000):
         counts[tuple(permutation(stream(0, Purpose.CLASS_IMAGES, draw), 3).tolist())] += 1
     # 1000 expected, standard deviation 29: five of them.

@@ -1,13 +1,12 @@
 """Loaders over real shards: order, workers, resume, damaged images, signals."""
 
 import io
-import os
+import multiprocessing
 import pickle
-import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image
@@ -115,21 +114,17 @@ def test_a_started_epoch_continues_where_it_was_left(shards, num_workers):
     for start in (1, 3, 4):
         rest = load(shards, num_workers, start_batch=start)
         assert_same(rest, whole[start:])
-    loader = train_loader(
-        shards, train_table(shards), epoch=1, start_batch=3, transform=SETTINGS, **SIZES
-    )
+    loader = train_loader(shards, train_table(shards), epoch=1, start_batch=3, transform=SETTINGS, **SIZES)
     assert len(loader) == 1
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_one_loader_serves_many_epochs(shards, num_workers):
-    loader = TrainLoader(
-        shards, train_table(shards), transform=SETTINGS, num_workers=num_workers, **SIZES
-    )
+    loader = TrainLoader(shards, train_table(shards), transform=SETTINGS, num_workers=num_workers, **SIZES)
     children = []
     for epoch in (0, 3):
         assert_same(list(loader.epoch_iterator(epoch)), load(shards, 0, epoch=epoch))
-        children.append({child.pid for child in psutil.Process().children()})
+        children.append({worker.pid for worker in multiprocessing.active_children()})
     assert len(children[0]) == num_workers and children[0] == children[1]
     # An epoch that is left early does not leak into the next one.
     assert_same([next(iter(loader.epoch_iterator(2)))], load(shards, 0, epoch=2)[:1])
@@ -138,9 +133,7 @@ def test_one_loader_serves_many_epochs(shards, num_workers):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_two_epochs_at_once_are_refused(shards, num_workers):
-    loader = TrainLoader(
-        shards, train_table(shards), transform=SETTINGS, num_workers=num_workers, **SIZES
-    )
+    loader = TrainLoader(shards, train_table(shards), transform=SETTINGS, num_workers=num_workers, **SIZES)
     first = iter(loader.epoch_iterator(0))
     next(first)
     next(iter(loader.epoch_iterator(1)))
@@ -280,9 +273,7 @@ def test_a_class_without_a_readable_image_is_an_error(tmp_path, num_workers):
 
 def test_an_image_too_small_for_its_crop_is_named(shards):
     settings = transform_settings("sct_cub", train_resize=None)
-    with pytest.raises(
-        DataError, match=r"^Shard .*: the image of sample \d{9}: the image has .* 24"
-    ):
+    with pytest.raises(DataError, match=r"^Shard .*: the image of sample \d{9}: the image has .* 24"):
         load(shards, transform=settings)
 
 
@@ -359,12 +350,37 @@ def test_workers_leave_signals_to_the_main_process(shards):
     loader = TrainLoader(shards, train_table(shards), transform=SETTINGS, num_workers=2, **SIZES)
     batches = iter(loader.epoch_iterator(1))
     received = [next(batches)]
-    workers = psutil.Process().children()
+    workers = multiprocessing.active_children()
     for worker in workers:
-        os.kill(worker.pid, signal.SIGTERM)
-        os.kill(worker.pid, signal.SIGINT)
+        for name in ("TERM", "INT"):
+            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     received.extend(batches)
     assert_same(received, load(shards, 0))
-    assert all(worker.is_running() for worker in workers)
-    del batches, loader
-    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
+    loader.close()
+    for worker in workers:
+        worker.join(timeout=5)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+def test_workers_obey_a_signal_of_their_parent(shards):
+    loader = TrainLoader(shards, train_table(shards), transform=SETTINGS, num_workers=1, **SIZES)
+    list(loader.epoch_iterator(1))
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(timeout=5)
+    assert worker.exitcode == 0
+
+
+def test_workers_end_at_an_error(tmp_path):
+    shards = write_shards(tmp_path / "shards", broken=(13, 31))
+    sizes = SIZES | {"num_classes": 6}
+    loader = TrainLoader(shards, train_table(shards), transform=SETTINGS, num_workers=2, **sizes)
+    with pytest.raises(DataError) as train_error:
+        list(loader.epoch_iterator(1))
+    test_rows = shards.split_samples("test")
+    with pytest.raises(DataError) as eval_error:
+        list(eval_loader(shards, test_rows, transform=SETTINGS, batch_size=2, num_workers=2))
+    # The tracebacks are still alive here, and hold what they hold.
+    assert train_error.tb is not None and eval_error.tb is not None
+    assert multiprocessing.active_children() == []

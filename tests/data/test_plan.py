@@ -81,9 +81,7 @@ def own_samplers(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sampler", ["uniform", "released"])
 def test_another_process_makes_the_same_plan(sampler):
-    out = subprocess.run(
-        [sys.executable, "-c", OTHER_PROCESS, sampler], capture_output=True, text=True, check=True
-    )
+    out = subprocess.run([sys.executable, "-c", OTHER_PROCESS, sampler], capture_output=True, text=True, check=True)
     plan = make_plan(TABLE, seed=11, epoch=7, num_classes=4, num_samples=2, sampler=sampler)
     assert json.loads(out.stdout) == [plan.batch(i).rows.tolist() for i in range(len(plan))]
 
@@ -164,9 +162,7 @@ def test_impossible_sizes_are_named(change, message):
 
 
 def test_too_few_classes_because_small_ones_were_dropped():
-    table = ClassTable.build(
-        np.repeat(np.arange(6), [5, 4, 3, 6, 2, 9]), samples_per_class=4, small_classes="drop"
-    )
+    table = ClassTable.build(np.repeat(np.arange(6), [5, 4, 3, 6, 2, 9]), samples_per_class=4, small_classes="drop")
     with pytest.raises(InputError, match=r"only 4 training classes \(2 small ones were dropped\)"):
         make_plan(table, **(SIZES | {"num_classes": 5, "num_samples": 4}))
     with pytest.raises(InputError, match="only 4 training classes"):

@@ -120,9 +120,7 @@ def test_released_draws_classes_anew_in_every_batch():
     table = make_table([6] * 100)
     visits = np.zeros(100, int)
     for epoch in range(30):
-        plan = make_plan(
-            table, seed=0, epoch=epoch, num_classes=10, num_samples=2, sampler="released"
-        )
+        plan = make_plan(table, seed=0, epoch=epoch, num_classes=10, num_samples=2, sampler="released")
         for index in range(len(plan)):
             visits[plan.batch(index).labels] += 1
     mean = 30 * 29 * 10 / 100
@@ -190,8 +188,6 @@ def test_seeds_and_epochs_differ(sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("index", [-1, 3])
 def test_a_batch_beyond_the_epoch_is_named(sampler, index):
-    plan = make_plan(
-        make_table([8, 8]), seed=0, epoch=0, num_classes=2, num_samples=2, sampler=sampler
-    )
+    plan = make_plan(make_table([8, 8]), seed=0, epoch=0, num_classes=2, num_samples=2, sampler=sampler)
     with pytest.raises(InputError, match=rf"`index` of a batch must be from 0 to 2, got {index}"):
         plan.batch(index)

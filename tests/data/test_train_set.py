@@ -116,7 +116,5 @@ def test_an_impossible_share_is_named(share):
 
 
 def test_a_share_that_leaves_no_class_is_refused():
-    with pytest.raises(
-        InputError, match=r"`share` 0.9 of 4 classes holds out 4: expected at least"
-    ):
+    with pytest.raises(InputError, match=r"`share` 0.9 of 4 classes holds out 4: expected at least"):
         split_validation(ClassTable.build(CLASS_ID), 0.9, seed=0)

@@ -91,9 +91,7 @@ def test_boxes_have_the_distribution_of_torchvision(size, scale, ratio):
         ("shape", ours[:, 2] / ours[:, 3], theirs[:, 2] / theirs[:, 3]),
     ]:
         grid = np.unique(np.concatenate([a, b]))
-        distance = np.abs(
-            np.searchsorted(np.sort(a), grid, "right") - np.searchsorted(np.sort(b), grid, "right")
-        ).max()
+        distance = np.abs(np.searchsorted(np.sort(a), grid, "right") - np.searchsorted(np.sort(b), grid, "right")).max()
         # Two samples of 8000: Kolmogorov-Smirnov, exceeded once in 10**4 for equal laws.
         assert distance / 8000 < 2.23 * math.sqrt(2 / 8000), name
 
@@ -161,9 +159,7 @@ def test_normalise_equals_torchvision(preset):
     assert images.dtype == torch.uint8 and torch.equal(images[0], as_bytes(image))
 
 
-@pytest.mark.parametrize(
-    "images", [torch.zeros(1, 3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.uint8)]
-)
+@pytest.mark.parametrize("images", [torch.zeros(1, 3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.uint8)])
 def test_normalise_refuses_other_tensors(images):
     with pytest.raises(InputError, match=r"`images` must be uint8 of shape \(B, 3, H, W\), got"):
         normalise(images, PRESETS["gca_hng"])

@@ -15,6 +15,7 @@ from gcahng.generation.block_losses import (
     synthetic_scores,
 )
 from gcahng.generation.block_synthesis import BatchSynthesis, class_major_plan, single_coefficients
+from gcahng.generation.interpolation import positives
 from gcahng.graph import Coefficients, PairCoefficients, PairPlan, TableCoefficients
 
 # Padded plans (7, 9, 13 classes) and full ones; the last two are small enough for loops.
@@ -98,36 +99,24 @@ def classifier(size: Size) -> tuple[Tensor, Tensor]:
     return weight, torch.randn(NUM_TRAINING, generator=draw, dtype=torch.float64)
 
 
-def by_blocks(
-    size: Size, z: Tensor, labels: Tensor, coefficients: Coefficients, weights: Tensor
-) -> dict[str, Tensor]:
+def by_blocks(size: Size, z: Tensor, labels: Tensor, coefficients: Coefficients, weights: Tensor) -> dict[str, Tensor]:
     plan = coefficients.plan
     batch = BatchSynthesis.of(z, plan, size.num_samples, RULES["released"], weights)
     partial = synthetic_scores(batch, coefficients)
     weight, bias = classifier(size)
-    sums = generation_sums(
-        batch, coefficients, labels[: size.num_classes], lambda x: x @ weight.T + bias
-    )
+    sums = generation_sums(batch, coefficients, labels[: size.num_classes], lambda x: x @ weight.T + bias)
     entries = size.batch * size.num_classes
     row_mean = coefficient_row_sums(coefficients, plan) / size.batch
     return {
-        "synthetic": losses.synthetic_loss_from_scores(
-            z, partial.scores, partial.square_sum, size.num_samples
-        ),
+        "synthetic": losses.synthetic_loss_from_scores(z, partial.scores, partial.square_sum, size.num_samples),
         "classification": sums.classification / entries,
         "similarity": sums.similarity / entries,
-        "diversity": losses.diversity_from_spread(
-            coefficient_spread(coefficients, row_mean, plan), size.batch
-        ),
+        "diversity": losses.diversity_from_spread(coefficient_spread(coefficients, row_mean, plan), size.batch),
     }
 
 
-def by_table(
-    size: Size, z: Tensor, labels: Tensor, table: Tensor, weights: Tensor
-) -> dict[str, Tensor]:
-    synthetic = generate_negatives(
-        z, labels, table, alpha=3.0, mean_metric_loss=2.0, weights=weights
-    )
+def by_table(size: Size, z: Tensor, labels: Tensor, table: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    synthetic = generate_negatives(z, labels, table, alpha=3.0, mean_metric_loss=2.0, weights=weights)
     weight, bias = classifier(size)
     logits = synthetic @ weight.T + bias
     return {
@@ -153,9 +142,7 @@ def with_gradients(found: dict[str, Tensor], z: Tensor, table: Tensor) -> dict[s
 def test_block_losses_equal_the_losses_of_the_table(size: Size, kind: str) -> None:
     z, labels, table, weights = inputs(size)
     plan = class_major_plan(size.num_classes, size.num_samples)
-    got = with_gradients(
-        by_blocks(size, z, labels, coefficients_of(kind, table, plan), weights), z, table
-    )
+    got = with_gradients(by_blocks(size, z, labels, coefficients_of(kind, table, plan), weights), z, table)
     want = with_gradients(by_table(size, z, labels, table, weights), z, table)
     assert "diversity by z" not in want
     if kind == "pairs":
@@ -169,21 +156,15 @@ def test_block_losses_equal_the_losses_of_the_table(size: Size, kind: str) -> No
 @pytest.mark.parametrize("size", SIZES[-2:], ids=str)
 def test_losses_of_the_table_equal_loops(size: Size) -> None:
     z, labels, table, weights = inputs(size)
-    synthetic = generate_negatives(
-        z, labels, table, alpha=3.0, mean_metric_loss=2.0, weights=weights
-    )
+    synthetic = generate_negatives(z, labels, table, alpha=3.0, mean_metric_loss=2.0, weights=weights)
     want = {
         "synthetic": synthetic_loss(z, synthetic, size.num_samples),
-        "classification": classification(
-            synthetic, labels[: size.num_classes].tolist(), *classifier(size)
-        ),
+        "classification": classification(synthetic, labels[: size.num_classes].tolist(), *classifier(size)),
         "similarity": similarity(z, synthetic, size.num_classes),
         "diversity": diversity(table),
     }
     got = by_table(size, z, labels, table, weights)
-    assert_close(
-        with_gradients(got, z, table), with_gradients(want, z, table), OWN_PATHS
-    )
+    assert_close(with_gradients(got, z, table), with_gradients(want, z, table), OWN_PATHS)
 
 
 def test_duplicate_images_are_finite() -> None:
@@ -206,8 +187,8 @@ def test_detached_coefficients_keep_values_and_pass_no_gradient() -> None:
     size = Size(4, 2, 6, 1, 1)
     z, _, table, weights = inputs(size)
     plan = class_major_plan(4, 2)
-    batch = BatchSynthesis.of(z, plan, 2, RULES["released"], weights)
     for kind in ("pairs", "table"):
+        batch = BatchSynthesis.of(z, plan, 2, RULES["released"], weights)
         attached = coefficients_of(kind, table, plan)
         loose = attached.detach()
         assert torch.equal(loose.table(), table)
@@ -219,7 +200,5 @@ def test_detached_coefficients_keep_values_and_pass_no_gradient() -> None:
 
 
 def test_the_positive_of_the_last_group_is_in_the_first() -> None:
-    from gcahng.generation.interpolation import positives
-
     z = torch.arange(6.0)[:, None]
     assert positives(z, 3)[:, 0].tolist() == [2, 3, 4, 5, 0, 1]

@@ -33,12 +33,15 @@ def test_equals_a_loop(size: Size, given: bool, normalised: bool) -> None:
     for leaf in (z, table):
         leaf.requires_grad_()
     got = generate_negatives(
-        z, labels, coefficients,
-        alpha=3.0, mean_metric_loss=2.5, weights=weights, normalised_distance=normalised,
+        z,
+        labels,
+        coefficients,
+        alpha=3.0,
+        mean_metric_loss=2.5,
+        weights=weights,
+        normalised_distance=normalised,
     )
-    want = synthetic_negatives(
-        z, labels.tolist(), coefficients, weights, 3.0, 2.5, normalised_distance=normalised
-    )
+    want = synthetic_negatives(z, labels.tolist(), coefficients, weights, 3.0, 2.5, normalised_distance=normalised)
     assert got.shape == (size.batch, size.num_classes, size.dim)
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
     mix = torch.randn(got.shape, generator=generator(3), dtype=torch.float64)
@@ -101,8 +104,12 @@ def one_group(coefficient: float, alpha: float) -> tuple[Tensor, Tensor, Tensor]
     size = Size(5, 2, 6, 1, 1)
     z, labels, table, _ = drawn(size)
     got = generate_negatives(
-        z, labels, torch.full_like(table, coefficient),
-        alpha=alpha, mean_metric_loss=1.0, weights=torch.zeros(2, 1),
+        z,
+        labels,
+        torch.full_like(table, coefficient),
+        alpha=alpha,
+        mean_metric_loss=1.0,
+        weights=torch.zeros(2, 1),
     )
     return got, z, z[5:].expand(10, -1, -1)
 
@@ -118,9 +125,7 @@ def test_full_pull_stops_at_the_positive_distance() -> None:
         near = (z - positives(z, 2) + 1e-6).norm(dim=1)[:, None]
         far = (z[:, None] - negatives + 1e-6).norm(dim=2)
         share = (near / far).clamp_max(1)[..., None]
-        torch.testing.assert_close(
-            got, z[:, None] + share * (negatives - z[:, None]), rtol=0, atol=1e-12
-        )
+        torch.testing.assert_close(got, z[:, None] + share * (negatives - z[:, None]), rtol=0, atol=1e-12)
         # As far as the positive, up to the 1e-6 of the distance.
         reached = (got - z[:, None]).norm(dim=2)
         assert bool((reached >= torch.minimum(near, far) - 1e-5).all())
@@ -130,9 +135,7 @@ def test_harder_as_the_loss_falls() -> None:
     z, labels, table, weights = drawn(Size(5, 2, 6, 1, 1))
     distances = []
     for loss in (1e6, 10.0, 1.0, 0.1):
-        got = generate_negatives(
-            z, labels, table, alpha=2.0, mean_metric_loss=loss, weights=weights
-        )
+        got = generate_negatives(z, labels, table, alpha=2.0, mean_metric_loss=loss, weights=weights)
         distances.append(float((got - z[:, None]).norm(dim=2).mean()))
     assert distances == sorted(distances, reverse=True)
     assert distances[0] > 1.2 * distances[-1]
@@ -154,12 +157,8 @@ def test_duplicate_images_have_finite_values_and_gradients() -> None:
     for leaf in (z, table):
         leaf.requires_grad_()
     for normalised in (False, True):
-        got = generate_negatives(
-            z, labels, table, alpha=1.0, weights=weights, normalised_distance=normalised
-        )
-        want = synthetic_negatives(
-            z, labels.tolist(), table, weights, 1.0, 1e6, normalised_distance=normalised
-        )
+        got = generate_negatives(z, labels, table, alpha=1.0, weights=weights, normalised_distance=normalised)
+        want = synthetic_negatives(z, labels.tolist(), table, weights, 1.0, 1e6, normalised_distance=normalised)
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
         for gradient in torch.autograd.grad(got.square().sum(), [z, table]):
             assert torch.isfinite(gradient).all()

@@ -20,9 +20,7 @@ def assert_finite(found: dict[str, Tensor]) -> None:
 def cosine_edges(z: Tensor) -> Tensor:
     """x_i * x_j / (|x_i| |x_j|) pair by pair, x centred over the channels: (B, B, D)."""
     centred = [row - row.mean() for row in z]
-    return torch.stack(
-        [torch.stack([a * b / (a.norm() * b.norm()) for b in centred]) for a in centred]
-    )
+    return torch.stack([torch.stack([a * b / (a.norm() * b.norm()) for b in centred]) for a in centred])
 
 
 def test_first_edges_sum_to_the_correlation() -> None:
@@ -59,9 +57,7 @@ def test_a_constant_embedding_has_zero_edges_and_no_gradient_through_them() -> N
 def test_backends_agree_on_a_constant_embedding() -> None:
     z, labels = batch_of(SIZE)
     z[3] = 2.0
-    want, got = (
-        graph_of(SIZE, backend=backend)(z, labels, dropout_key=1) for backend in ("scatter", "pairs")
-    )
+    want, got = (graph_of(SIZE, backend=backend)(z, labels, dropout_key=1) for backend in ("scatter", "pairs"))
     assert_close(
         {"logits": got.node_logits, "coefficients": got.pull_coefficients},
         {"logits": want.node_logits, "coefficients": want.pull_coefficients},

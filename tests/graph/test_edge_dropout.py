@@ -79,9 +79,7 @@ def test_a_mask_does_not_depend_on_the_batch_around_it() -> None:
     assert torch.equal(part, whole[[7, 50]][:, [3, 50, 59]])
 
 
-def edge_block_by_loops(
-    block: EdgeBlock, edges: Tensor, h: Tensor, layer: int, law: EdgeDropout | None
-) -> Tensor:
+def edge_block_by_loops(block: EdgeBlock, edges: Tensor, h: Tensor, layer: int, law: EdgeDropout | None) -> Tensor:
     """Edge by edge: softmax over the two ends, dropout, values, feed-forward. (B, B, D)."""
     size, dim = h.shape
     nodes = F.gelu(block.node_to_edge(h))
@@ -97,9 +95,7 @@ def edge_block_by_loops(
                 weights = weights * torch.stack(factors)
             x = weights[0] * block.value(nodes[i]) + weights[1] * block.value(nodes[j])
             x = block.norm(x + edges[i, j])
-            row.append(
-                block.norm(block.ffn_out(block.ffn_norm(F.gelu(block.ffn_in(x)))) + x)
-            )
+            row.append(block.norm(block.ffn_out(block.ffn_norm(F.gelu(block.ffn_in(x)))) + x))
         rows.append(torch.stack(row))
     return torch.stack(rows)
 
@@ -121,9 +117,7 @@ def test_an_edge_block_equals_a_loop(law: str | None) -> None:
     if law != "independent":
         plan = pair_plan(torch.arange(batch), 4)
         samples = plan.order.view(plan.num_blocks, plan.block_size)
-        chunks = [
-            edges[samples[c.first][:, :, None], samples[c.second][:, None, :]] for c in plan.chunks
-        ]
+        chunks = [edges[samples[c.first][:, :, None], samples[c.second][:, None, :]] for c in plan.chunks]
         updated = update_edges(chunks, h, plan, block, layer=3, dropout=dropout, dtype=None)
         torch.testing.assert_close(dense(updated, plan), want, rtol=1e-11, atol=1e-12)
 

@@ -33,7 +33,10 @@ SIZE = Size(4, 2, 8, 2, 2)
 )
 def test_arguments_out_of_range(change: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = {
-        "embedding_dim": 8, "num_classes": 5, "num_layers": 1, "num_heads": 2,
+        "embedding_dim": 8,
+        "num_classes": 5,
+        "num_layers": 1,
+        "num_heads": 2,
     }
     with pytest.raises(InputError, match=message):
         GraphNetwork(**(arguments | change))  # type: ignore[arg-type]
@@ -59,8 +62,7 @@ def test_an_embedding_that_is_not_finite(bad: float) -> None:
     z, labels = batch_of(SIZE)
     z[5, 2] = bad
     z[6, 1] = bad
-    with pytest.raises(InputError, match="`z` must be finite: 2 of 8 embeddings are not, the first at"
-                                         " position 5"):
+    with pytest.raises(InputError, match="`z` must be finite: 2 of 8 embeddings are not, the first at position 5"):
         graph_of(SIZE)(z, labels)
 
 
@@ -77,7 +79,7 @@ def test_output_shapes() -> None:
         output = graph_of(SIZE, backend=backend)(z, labels)
         assert output.node_logits.shape == (8, 11)
         assert output.pull_coefficients.shape == (8, 8, 8)
-        assert 0 < float(output.pull_coefficients.detach().min())
+        assert float(output.pull_coefficients.detach().min()) > 0
         assert float(output.pull_coefficients.detach().max()) < 1
     nothing = graph_of(SIZE)(z, labels, need_coefficients=False)
     with pytest.raises(AssertionError, match="need_coefficients=False"):
@@ -108,9 +110,7 @@ def test_every_parameter_is_in_one_group_and_frozen_ones_in_none() -> None:
 
 
 def test_a_switched_off_part_has_no_parameters() -> None:
-    names = {
-        name for name, _ in GraphNetwork(8, 5, 2, 2, node_propagation=False).named_parameters()
-    }
+    names = {name for name, _ in GraphNetwork(8, 5, 2, 2, node_propagation=False).named_parameters()}
     assert not [n for n in names if "node_blocks" in n and ("query" in n or "edge_to_node" in n)]
     names = {name for name, _ in GraphNetwork(8, 5, 2, 2, edge_to_node=False).named_parameters()}
     assert not [n for n in names if "edge_to_node" in n]

@@ -54,8 +54,7 @@ def test_float32_error_is_that_of_the_plain_edge_list(case: str) -> None:
 
 
 def test_products_lower_their_operands_and_return_the_own_dtype() -> None:
-    x, weight, bias = (torch.randn(s, generator=torch.Generator().manual_seed(1)) for s in
-                       ((5, 64), (7, 64), (7,)))
+    x, weight, bias = (torch.randn(s, generator=torch.Generator().manual_seed(1)) for s in ((5, 64), (7, 64), (7,)))
     low = product(x, weight, bias, torch.bfloat16)
     assert low.dtype == torch.float32
     exact = product(x, weight, bias, None)

@@ -34,10 +34,7 @@ def test_every_block_pair_is_listed_once(block: int, edges_per_chunk: int) -> No
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5, 7])
 @pytest.mark.parametrize("blocks", [3, 5, 6, 9, 11])
 def test_shares_are_disjoint_complete_and_balanced(blocks: int, ranks: int) -> None:
-    shares = [
-        block_pairs(pair_plan(torch.arange(2 * blocks), 2, share=(rank, ranks)))
-        for rank in range(ranks)
-    ]
+    shares = [block_pairs(pair_plan(torch.arange(2 * blocks), 2, share=(rank, ranks))) for rank in range(ranks)]
     together = [pair for share in shares for pair in share]
     assert sorted(together) == list(itertools.combinations_with_replacement(range(blocks), 2))
     lengths = [len(share) for share in shares]
@@ -45,18 +42,14 @@ def test_shares_are_disjoint_complete_and_balanced(blocks: int, ranks: int) -> N
 
 
 def symmetric_table(size: int, dim: int = 3) -> torch.Tensor:
-    table = torch.randn(
-        size, size, dim, generator=torch.Generator().manual_seed(size), dtype=torch.float64
-    )
+    table = torch.randn(size, size, dim, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
     return table + table.transpose(0, 1)
 
 
 def cut(table: torch.Tensor, plan: PairPlan) -> list[torch.Tensor]:
     """The chunks of a plan out of a (B, B, D) table."""
     samples = plan.order.view(plan.num_blocks, plan.block_size)
-    return [
-        table[samples[c.first][:, :, None], samples[c.second][:, None, :]] for c in plan.chunks
-    ]
+    return [table[samples[c.first][:, :, None], samples[c.second][:, None, :]] for c in plan.chunks]
 
 
 @pytest.mark.parametrize("block", [1, 3, 5, 13, 16])
@@ -68,9 +61,7 @@ def test_sums_over_the_plan_are_sums_over_all_ordered_edges(block: int) -> None:
     assert torch.equal(dense(chunks, plan), table)
     torch.testing.assert_close(edge_sum(chunks, plan), table.sum((0, 1)), rtol=1e-12, atol=1e-12)
     mean = table.mean((0, 1))
-    torch.testing.assert_close(
-        edge_square_sum(chunks, mean, plan), (table - mean).square().sum((0, 1))
-    )
+    torch.testing.assert_close(edge_square_sum(chunks, mean, plan), (table - mean).square().sum((0, 1)))
     into = table.new_zeros(plan.num_blocks, plan.block_size, table.shape[-1])
     for chunk, edges in zip(plan.chunks, chunks, strict=True):
         into = plan.sum_to_nodes(chunk, edges, into)

@@ -44,9 +44,7 @@ def both_passes(
     batch = BatchSynthesis.of(z, plan, size.num_samples, RULE, weights)
     partial = synthetic_scores(batch, coefficients)
     scores, squares = reduce(partial.scores), reduce(partial.square_sum)
-    sums = generation_sums(
-        batch, coefficients, labels[: size.num_classes], lambda x: x @ classifier.T
-    )
+    sums = generation_sums(batch, coefficients, labels[: size.num_classes], lambda x: x @ classifier.T)
     row_mean = reduce(coefficient_row_sums(coefficients, plan)) / size.batch
     spread = reduce(coefficient_spread(coefficients, row_mean, plan))
     losses = {

@@ -37,9 +37,7 @@ def test_backends_agree_on_samples_in_any_order(seed: int) -> None:
     shuffled = torch.randperm(size.batch, generator=torch.Generator().manual_seed(seed))
     z, labels = z[shuffled], labels[shuffled]
     fast, plain = graph_of(size, seed, backend="pairs"), graph_of(size, seed, backend="scatter")
-    assert_close(
-        results(fast, z, labels, dropout_key=seed), results(plain, z, labels, dropout_key=seed)
-    )
+    assert_close(results(fast, z, labels, dropout_key=seed), results(plain, z, labels, dropout_key=seed))
 
 
 def test_backends_agree_on_classes_of_unequal_size() -> None:

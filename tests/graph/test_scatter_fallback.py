@@ -21,11 +21,10 @@ def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def library() -> Iterator[None]:
+def library() -> None:
     reference.scatter_library.cache_clear()
     if reference.scatter_library() is None:
         pytest.skip("torch_scatter is not installed (make test builds it)")
-    yield
 
 
 SIZE = Size(5, 2, 12, 2, 3)
@@ -71,9 +70,7 @@ def test_the_fallback_is_said_once(without_library: None, caplog: pytest.LogCapt
     assert "pip install" in message
 
 
-def test_the_fast_path_never_asks_for_the_library(
-    without_library: None, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_fast_path_never_asks_for_the_library(without_library: None, caplog: pytest.LogCaptureFixture) -> None:
     z, labels = batch_of(SIZE)
     results(graph_of(SIZE, backend="pairs"), z, labels, dropout_key=2)
     assert not caplog.records

@@ -38,9 +38,7 @@ def loop_metrics(
             result.append((0, 0, math.nan, math.nan))
             continue
         precision = [sum(hits[: r + 1]) / (r + 1) for r in range(total) if hits[r]]
-        result.append(
-            (total, hits.index(True) + 1, sum(hits[:total]) / total, sum(precision) / total)
-        )
+        result.append((total, hits.index(True) + 1, sum(hits[:total]) / total, sum(precision) / total))
     return result
 
 
@@ -181,14 +179,10 @@ def test_chunk_size_changes_no_bit(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(700, 24, generator=generator).to(dtype)
     y = torch.randint(0, 150, (700,), generator=generator)
-    results = [
-        retrieval(x, y, num_neighbours=30, chunk_size=chunk_size) for chunk_size in (1, 400, 5000)
-    ]
+    results = [retrieval(x, y, num_neighbours=30, chunk_size=chunk_size) for chunk_size in (1, 400, 5000)]
     for other in results[1:]:
         assert torch.equal(results[0].neighbours, other.neighbours)
-        assert torch.equal(
-            results[0].query_map_at_r.nan_to_num(), other.query_map_at_r.nan_to_num()
-        )
+        assert torch.equal(results[0].query_map_at_r.nan_to_num(), other.query_map_at_r.nan_to_num())
         assert results[0].recall_at_k == other.recall_at_k
         assert results[0].map_at_r == other.map_at_r
         assert results[0].r_precision == other.r_precision

@@ -16,9 +16,7 @@ from gcahng.metrics.scores import (
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_score_does_not_depend_on_its_place_or_on_threads(
-    dtype: torch.dtype, num_threads: int
-) -> None:
+def test_a_score_does_not_depend_on_its_place_or_on_threads(dtype: torch.dtype, num_threads: int) -> None:
     generator = torch.Generator().manual_seed(0)
     before = torch.get_num_threads()
     try:

@@ -47,9 +47,7 @@ def test_a_convolution_behind_the_pooling_counts():
 
 
 def test_distilled_transformer():
-    backbone = build_backbone(
-        "deit_tiny_distilled_patch16_224", backbone_args={"img_size": 32, "depth": 1}
-    )
+    backbone = build_backbone("deit_tiny_distilled_patch16_224", backbone_args={"img_size": 32, "depth": 1})
     assert backbone.num_prefix_tokens == 2
     assert backbone.eval()(torch.rand(1, 3, 32, 32)).shape == (1, 2 + 4, 192)
 
@@ -95,9 +93,7 @@ def test_unknown_timm_argument():
 
 
 def test_impossible_timm_argument():
-    with pytest.raises(
-        ConfigError, match=r"timm cannot build backbone `vit_tiny_patch16_224` with"
-    ):
+    with pytest.raises(ConfigError, match=r"timm cannot build backbone `vit_tiny_patch16_224` with"):
         build_backbone("vit_tiny_patch16_224", backbone_args={"num_heads": 5})
 
 

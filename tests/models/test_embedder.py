@@ -15,9 +15,7 @@ def small(**settings):
 
 def vit(**settings):
     arguments = {"img_size": 32, "depth": 1}
-    return build_embedder(
-        "vit_tiny_patch16_224", backbone_args=arguments, embedding_dim=6, **settings
-    )
+    return build_embedder("vit_tiny_patch16_224", backbone_args=arguments, embedding_dim=6, **settings)
 
 
 def images(count=4, size=16, dtype=torch.float32):
@@ -142,9 +140,7 @@ def test_autocast_gives_float32_near_to_full_precision():
     model.train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(images()).square().sum().backward()
-    assert all(
-        p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters()
-    )
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("build", [small, vit])
@@ -175,9 +171,7 @@ def test_refusals(settings, message):
 
 
 def test_nothing_to_freeze():
-    with pytest.raises(
-        ConfigError, match=r"freeze_batch_norm is true, but the backbone has no Batch"
-    ):
+    with pytest.raises(ConfigError, match=r"freeze_batch_norm is true, but the backbone has no Batch"):
         vit(freeze_batch_norm=True)
 
 

@@ -35,9 +35,7 @@ def test_impossible_widths(arguments):
 
 
 def test_unknown_argument():
-    with pytest.raises(
-        ConfigError, match=r"`small_conv` does not take model.backbone_args \{'width': 3\}: .*width"
-    ):
+    with pytest.raises(ConfigError, match=r"`small_conv` does not take model.backbone_args \{'width': 3\}: .*width"):
         build_backbone("small_conv", backbone_args={"width": 3})
 
 

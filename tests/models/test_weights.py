@@ -18,9 +18,7 @@ def small(widths=(4, 8)):
 @pytest.fixture
 def state():
     torch.manual_seed(5)
-    return {
-        name: torch.randn_like(t.float()).to(t.dtype) for name, t in small().state_dict().items()
-    }
+    return {name: torch.randn_like(t.float()).to(t.dtype) for name, t in small().state_dict().items()}
 
 
 def test_whole_safetensors_file_through_the_builder(tmp_path, state, caplog):
@@ -31,10 +29,7 @@ def test_whole_safetensors_file_through_the_builder(tmp_path, state, caplog):
         backbone = build_backbone("small_conv", weights=file, backbone_args={"widths": (4, 8)})
     for name, tensor in backbone.network.state_dict().items():
         assert torch.equal(tensor, state[name]), name
-    assert (
-        backbone.weight_source
-        == f"`{file}`: {len(state) - 2} tensors, dropped `fc.bias`, `fc.weight`"
-    )
+    assert backbone.weight_source == f"`{file}`: {len(state) - 2} tensors, dropped `fc.bias`, `fc.weight`"
     assert backbone.weight_source in caplog.text
 
 
@@ -87,9 +82,7 @@ class Payload:
 
 def test_pickles_are_not_run(tmp_path):
     torch.save({"a": Payload(tmp_path / "ran")}, tmp_path / "w.pth")
-    with pytest.raises(
-        ConfigError, match=r"w.pth` holds other things than tensors, .*best as .safet"
-    ):
+    with pytest.raises(ConfigError, match=r"w.pth` holds other things than tensors, .*best as .safet"):
         read_weight_file(tmp_path / "w.pth")
     assert not (tmp_path / "ran").exists()
 
@@ -100,9 +93,7 @@ def test_unreadable_files(tmp_path, state):
     save_file(state, tmp_path / "cut.safetensors")
     whole = (tmp_path / "cut.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-10])
-    with pytest.raises(
-        ConfigError, match=r"cut.safetensors` is no whole safetensors file: .*Fetch"
-    ):
+    with pytest.raises(ConfigError, match=r"cut.safetensors` is no whole safetensors file: .*Fetch"):
         read_weight_file(tmp_path / "cut.safetensors")
     torch.save(state, tmp_path / "cut.pth")
     whole = (tmp_path / "cut.pth").read_bytes()
@@ -111,18 +102,14 @@ def test_unreadable_files(tmp_path, state):
         read_weight_file(tmp_path / "cut.pth")
     for content, kind in (([1], "list"), ({}, "dict"), ({"a": 3}, "dict")):
         torch.save(content, tmp_path / "odd.pth")
-        with pytest.raises(
-            ConfigError, match=rf"must hold a state dictionary .*: got {kind}\. Save"
-        ):
+        with pytest.raises(ConfigError, match=rf"must hold a state dictionary .*: got {kind}\. Save"):
             read_weight_file(tmp_path / "odd.pth")
 
 
 def test_published_torchvision_names_fit_timms_resnet(tmp_path):
     whole = timm.create_model("resnet18", pretrained=False)  # with fc, named as torchvision does
     save_file(whole.state_dict(), tmp_path / "r.safetensors")
-    backbone = build_backbone(
-        "resnet18.tv_in1k", pretrained=True, weights=str(tmp_path / "r.safetensors")
-    )
+    backbone = build_backbone("resnet18.tv_in1k", pretrained=True, weights=str(tmp_path / "r.safetensors"))
     assert torch.equal(backbone.network.conv1.weight, whole.conv1.weight)
     assert "dropped `fc.bias`, `fc.weight`" in backbone.weight_source
 
@@ -131,9 +118,7 @@ def test_transformer_file_is_fitted_to_another_image_size(tmp_path):
     whole = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1)
     torch.save(whole.state_dict(), tmp_path / "v.pth")
     arguments = {"img_size": 32, "depth": 1}
-    backbone = build_backbone(
-        "vit_tiny_patch16_224", weights=str(tmp_path / "v.pth"), backbone_args=arguments
-    )
+    backbone = build_backbone("vit_tiny_patch16_224", weights=str(tmp_path / "v.pth"), backbone_args=arguments)
     assert torch.equal(backbone.network.blocks[0].attn.qkv.weight, whole.blocks[0].attn.qkv.weight)
     assert backbone.network.pos_embed.shape == (1, 1 + 4, 192)
 
@@ -146,9 +131,7 @@ def test_auxiliary_heads_of_googlenet_are_dropped(tmp_path):
         "fc.bias": torch.zeros(3),
     }
     torch.save(state | extra, tmp_path / "g.pth")
-    backbone = build_backbone(
-        "torchvision/googlenet", pretrained=True, weights=str(tmp_path / "g.pth")
-    )
+    backbone = build_backbone("torchvision/googlenet", pretrained=True, weights=str(tmp_path / "g.pth"))
     assert torch.equal(backbone.network.conv1.conv.weight, state["conv1.conv.weight"])
     assert "dropped `aux1.conv.conv.weight`, `aux2.fc1.bias`, `fc.bias`" in backbone.weight_source
 
@@ -157,7 +140,5 @@ def test_conversion_that_fails_is_reported(state):
     def convert(tensors: dict[str, torch.Tensor], network: nn.Module) -> dict[str, torch.Tensor]:
         return {"a": tensors["not_there"]}
 
-    with pytest.raises(
-        ConfigError, match=r"not in a known form .* raised KeyError: 'not_there'\. Give"
-    ):
+    with pytest.raises(ConfigError, match=r"not in a known form .* raised KeyError: 'not_there'\. Give"):
         load_weights(small(), state, convert=convert)

@@ -74,19 +74,24 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the sdist of a copy of the sources, and the wheel made from that sdist."""
-    folder = tmp_path_factory.mktemp("build")
-    source = folder / "source"
-    source.mkdir()
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources: building writes beside them."""
+    folder = tmp_path_factory.mktemp("build") / "source"
+    folder.mkdir()
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, source / name, ignore=ignored)
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(ROOT / name, source / name)
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", cwd=source)
-    return folder / "dist"
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dist(source: Path) -> Path:
+    """Folder with the sdist, and the wheel made from that sdist."""
+    folder = source.parent / "dist"
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, cwd=source)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -111,17 +116,13 @@ def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def test_wheel_holds_every_module_and_nothing_else(dist: Path) -> None:
+def test_wheel_holds_every_module_and_nothing_else(source: Path, dist: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
         text = archive.read(metadata).decode()
-    modules = {
-        path.relative_to(ROOT).as_posix()
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("*.py")
-    }
+    modules = {path.relative_to(source).as_posix() for package in PACKAGES for path in (source / package).rglob("*.py")}
     packed = {name for name in names if ".dist-info/" not in name}
     assert packed == modules | {"gcahng/py.typed"}
     assert any(name.endswith("/LICENSE") for name in names)
@@ -130,13 +131,13 @@ def test_wheel_holds_every_module_and_nothing_else(dist: Path) -> None:
     assert "Requires-Dist: torch>=2.11" in text
 
 
-def test_sdist_holds_what_its_tests_need(dist: Path) -> None:
+def test_sdist_holds_what_its_tests_need(source: Path, dist: Path) -> None:
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"LICENSE", "README.md", "Makefile", "constraints.txt", "pyproject.toml"}
     for folder, pattern in (("tests", "*.py"), ("tests", "*.npz"), ("configs", "*.yaml")):
-        wanted |= {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob(pattern)}
+        wanted |= {p.relative_to(source).as_posix() for p in (source / folder).rglob(pattern)}
     assert wanted <= names
     assert not [name for name in names if "__pycache__" in name]
 

@@ -46,9 +46,7 @@ def test_what_make_installs_is_pinned_within_its_range(
             assert requirement.specifier.contains(pins[name]), f"{requirement} against {pins[name]}"
 
 
-def test_every_dependency_of_a_dependency_is_pinned(
-    asked: dict[str, list[Requirement]], pins: dict[str, str]
-) -> None:
+def test_every_dependency_of_a_dependency_is_pinned(asked: dict[str, list[Requirement]], pins: dict[str, str]) -> None:
     """Follow the installed packages' own requirements; each torch build brings its CUDA parts."""
     todo = [r for group in ("", "glyphs", "test") for r in asked[group]]
     seen: set[str] = set()

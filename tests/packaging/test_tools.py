@@ -130,10 +130,7 @@ def create(python: str | Path, folder: Path) -> subprocess.CompletedProcess[str]
 
 def stand_in(path: Path, condition: str) -> Path:
     """This Python, failing where its arguments match a shell pattern."""
-    path.write_text(
-        f'#!/usr/bin/env bash\ncase "$*" in {condition}) exit 1 ;; esac\n'
-        f'exec {sys.executable} "$@"\n'
-    )
+    path.write_text(f'#!/usr/bin/env bash\ncase "$*" in {condition}) exit 1 ;; esac\nexec {sys.executable} "$@"\n')
     path.chmod(0o755)
     return path
 

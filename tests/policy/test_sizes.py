@@ -23,8 +23,7 @@ def oversize(path: Path) -> list[str]:
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > MAX_FUNCTION_LINES:
                 found.append(
-                    f"{path.name}:{node.lineno}: {node.name} has {length} lines "
-                    f"(at most {MAX_FUNCTION_LINES})"
+                    f"{path.name}:{node.lineno}: {node.name} has {length} lines (at most {MAX_FUNCTION_LINES})"
                 )
     return found
 
@@ -39,9 +38,7 @@ def test_files_and_functions_stay_small() -> None:
 def test_function_limit(tmp_path: Path, num_lines: int, is_allowed: bool) -> None:
     path = tmp_path / "one.py"
     path.write_text("@decorator\ndef f():\n" + "    x = 1\n" * (num_lines - 1))
-    assert oversize(path) == (
-        [] if is_allowed else [f"one.py:2: f has {num_lines} lines (at most 60)"]
-    )
+    assert oversize(path) == ([] if is_allowed else [f"one.py:2: f has {num_lines} lines (at most 60)"])
 
 
 @pytest.mark.parametrize(("num_lines", "is_allowed"), [(400, True), (401, False)])

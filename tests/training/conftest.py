@@ -40,5 +40,5 @@ class FinishedRun:
 def finished_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """Three epochs of GCA-HNG with a warm-up epoch and validation; never written to."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    settings = {"train.epochs": 3, "train.warm_up_epochs": 1, "data.validation": 0.25}
+    settings = {"train.epochs": 3, "train.warm_up_epochs": 1, "data.validation": 0.375}
     return FinishedRun(folder, train(shards, folder, settings))

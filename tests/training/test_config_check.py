@@ -180,8 +180,7 @@ def test_every_limit_guards_a_setting():
     for pattern, _ in LIMITS:
         parts = pattern.split(".")
         assert any(
-            len(key) == len(parts) and all(p in ("*", k) for p, k in zip(parts, key, strict=True))
-            for key in keys
+            len(key) == len(parts) and all(p in ("*", k) for p, k in zip(parts, key, strict=True)) for key in keys
         ), pattern
 
 

@@ -105,9 +105,7 @@ def test_base_is_merged_deeply_and_relative_to_the_file(tmp_path):
     # arguments belong to the component named beside them: a later file replaces them whole
     assert config.loss.args == {"c": 3}
     assert load_config(path, ["loss.args.d=4"]).loss.args == {"c": 3, "d": 4}
-    assert load_config(path, ["model.backbone_args.img_size=64"]).model.backbone_args == {
-        "img_size": 64
-    }
+    assert load_config(path, ["model.backbone_args.img_size=64"]).model.backbone_args == {"img_size": 64}
 
 
 def test_empty_section_and_empty_file(tmp_path):
@@ -150,9 +148,7 @@ def test_all_faults_come_at_once_with_key_and_file(tmp_path):
 
 def test_section_given_as_a_value(tmp_path):
     faults = faults_of(write(tmp_path / "a.yaml", SMALLEST + "eval: 3\n"))
-    assert faults[0].startswith(
-        f"eval ({tmp_path / 'a.yaml'}): is a section with keys every_epochs"
-    )
+    assert faults[0].startswith(f"eval ({tmp_path / 'a.yaml'}): is a section with keys every_epochs")
 
 
 def test_unknown_key_without_a_near_one_lists_the_known(tmp_path):
@@ -161,9 +157,7 @@ def test_unknown_key_without_a_near_one_lists_the_known(tmp_path):
 
 
 def test_override_that_is_no_yaml(tmp_path):
-    faults = faults_of(
-        write(tmp_path / "a.yaml", SMALLEST), "eval.ks=[1, 2", "eval.split=2024-13-01"
-    )
+    faults = faults_of(write(tmp_path / "a.yaml", SMALLEST), "eval.ks=[1, 2", "eval.split=2024-13-01")
     assert faults == [
         "eval.ks (command line): '[1, 2' is no YAML value; quote it.",
         "eval.split (command line): '2024-13-01' is no YAML value; quote it.",
@@ -184,9 +178,7 @@ def test_unusable_files(tmp_path, text, message):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"none.yaml` cannot be read: .*No such file.* Give the path"
-    ):
+    with pytest.raises(ConfigError, match=r"none.yaml` cannot be read: .*No such file.* Give the path"):
         load_config(tmp_path / "none.yaml")
 
 
@@ -194,15 +186,10 @@ def test_base_faults(tmp_path):
     assert faults_of(write(tmp_path / "a.yaml", "base: gone.yaml\n" + SMALLEST)) == [
         f"base ({tmp_path / 'a.yaml'}): no file `{tmp_path / 'gone.yaml'}` (relative to this file)."
     ]
-    assert (
-        "must be the name of one file: got [1]"
-        in faults_of(write(tmp_path / "a.yaml", "base: [1]\n" + SMALLEST))[0]
-    )
+    assert "must be the name of one file: got [1]" in faults_of(write(tmp_path / "a.yaml", "base: [1]\n" + SMALLEST))[0]
     write(tmp_path / "b.yaml", "base: a.yaml\n")
     path = write(tmp_path / "a.yaml", "base: b.yaml\n" + SMALLEST)
-    assert faults_of(path) == [
-        f"base ({tmp_path / 'b.yaml'}): `a.yaml` is based on this file itself."
-    ]
+    assert faults_of(path) == [f"base ({tmp_path / 'b.yaml'}): `a.yaml` is based on this file itself."]
 
 
 def test_resolved_yaml_round_trips(tmp_path):
@@ -211,9 +198,7 @@ def test_resolved_yaml_round_trips(tmp_path):
             "data": {"dir": "a: b", "transform": {"mean": [0.1, 0.2, 0.3]}},
             "run": {"dir": "b"},
             "model": {"backbone_args": {"img_size": 64, "nested": {"a": [1, "x"]}}},
-            "optim": {
-                "graph": {"lr": 1e-5, "schedule": {"name": "milestones", "milestones": [3, 5]}}
-            },
+            "optim": {"graph": {"lr": 1e-5, "schedule": {"name": "milestones", "milestones": [3, 5]}}},
         }
     )
     assert load_config(write(tmp_path / "r.yaml", resolved_yaml(config))) == config

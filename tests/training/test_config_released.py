@@ -66,9 +66,7 @@ def test_released_values(name):
     ) == RELEASED[name]
     data, backbone = name.split("_")
     small_sets = data in ("cub", "cars")
-    assert (config.batch.num_classes, config.batch.num_samples) == (
-        (27, 3) if small_sets else (40, 2)
-    )
+    assert (config.batch.num_classes, config.batch.num_samples) == ((27, 3) if small_sets else (40, 2))
     assert (config.graph.num_layers, config.graph.num_heads) == ((2, 4) if small_sets else (1, 2))
     assert config.model.embedding_dim == (384 if backbone == "dino" else 512)
     assert config.model.pretrained
@@ -110,7 +108,4 @@ def test_model_builds_and_embeds(name, arguments, size):
 def test_all_files_of_a_backbone_build_the_same_model():
     for backbone in BACKBONES:
         models = [load(f"{data}_{backbone}").model for data in SETS]
-        assert (
-            len({(m.backbone, m.pooling, m.head, m.head_init, m.embedding_dim) for m in models})
-            == 1
-        )
+        assert len({(m.backbone, m.pooling, m.head, m.head_init, m.embedding_dim) for m in models}) == 1

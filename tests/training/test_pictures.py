@@ -21,16 +21,11 @@ def colours(path: Path) -> dict[str, int]:
     with Image.open(path) as image:
         counted = image.convert("RGB").getcolors(maxcolors=1 << 24)
     by_name = {f"#{r:02x}{g:02x}{b:02x}": count for count, (r, g, b) in counted}
-    return {
-        name: by_name.get(getattr(pictures, name), 0)
-        for name in ("RIGHT_COLOUR", "WRONG_COLOUR", "QUERY_COLOUR")
-    }
+    return {name: by_name.get(getattr(pictures, name), 0) for name in ("RIGHT_COLOUR", "WRONG_COLOUR", "QUERY_COLOUR")}
 
 
 def draw(path: Path, is_right: bool, name: str = "A") -> Path:
-    return neighbour_picture(
-        path, [(tile(200), name)], [[(tile(99), name, is_right, 0.5)]], "title"
-    )
+    return neighbour_picture(path, [(tile(200), name)], [[(tile(99), name, is_right, 0.5)]], "title")
 
 
 def test_writes_a_whole_png_and_nothing_else(tmp_path: Path) -> None:

@@ -1,0 +1,241 @@
+"""A run that was stopped goes on as if nothing had happened, or says why it cannot."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_cases import (
+    assert_same_tensors,
+    convert_patterns,
+    draw_patterns,
+    make_trainer,
+    read_metrics,
+    read_state,
+    saved_tensors,
+    train,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gcahng.errors import ConfigError, DataError
+from gcahng.training.trainer import Trainer
+
+# Everything that has a state: warm-up, proxies, three kinds of schedule, validation, epoch averages.
+WHOLE = {
+    "train.epochs": 3,
+    "train.warm_up_epochs": 1,
+    "data.validation": 0.25,
+    "loss.metric": "proxy_anchor",
+}
+AUTO = {"train.resume": "auto"}
+BASELINE = {"graph.enabled": False, "generation.enabled": False, "train.max_steps_per_epoch": 2}
+MEASURED = ("seconds_per_step", "peak_memory_bytes")
+
+
+class Interruption(Exception):
+    """Stands for whatever ends a process."""
+
+
+def interrupt(trainer: Trainer, calls: int) -> None:
+    """Run until call number `calls` of the step raises."""
+    step, made = trainer.step, 0
+
+    def counting(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        nonlocal made
+        made += 1
+        if made == calls:
+            raise Interruption
+        return step(*args, **kwargs)
+
+    trainer.step = counting
+    with pytest.raises(Interruption):
+        trainer.run()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(shards, folder, WHOLE)
+    return folder
+
+
+def assert_same_run(got: Path, want: Path) -> None:
+    for link in ("last", "best", "best_test"):
+        assert (got / link).readlink() == (want / link).readlink()
+        assert_same_tensors(saved_tensors(got, link), saved_tensors(want, link))
+        assert read_state(got, link) == read_state(want, link)
+        for file in (want / link).glob("optimizer-*.pt"):
+            groups = [
+                torch.load(folder / link / file.name, weights_only=True)["param_groups"]
+                for folder in (got, want)
+            ]
+            assert groups[0] == groups[1]
+    assert read_metrics(got) == read_metrics(want)
+    results = [json.loads((folder / "results.json").read_text()) for folder in (got, want)]
+    assert [{k: v for k, v in r.items() if k not in MEASURED} for r in results][0] == {
+        k: v for k, v in results[1].items() if k not in MEASURED
+    }
+    assert {p.name for p in got.glob("step-*")} == {p.name for p in want.glob("step-*")}
+
+
+@pytest.mark.parametrize("calls", [6, 11], ids=["in epoch 2", "in epoch 3"])
+def test_a_resumed_run_equals_an_undisturbed_one(shards, tmp_path, undisturbed, calls: int) -> None:
+    run = tmp_path / "run"
+    interrupt(make_trainer(shards, run, WHOLE), calls)
+    assert len([r for r in read_metrics(run) if r["kind"] == "step"]) == calls - 1
+    train(shards, run, WHOLE | AUTO)
+    assert_same_run(run, undisturbed)
+    # Rows of steps that were taken twice are in the file once, and in TensorBoard too.
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    curves = {
+        "step/total_loss": list(range(1, 13)),
+        "evaluation/test/map_at_r": [4, 8, 12],
+        "evaluation/validation/map_at_r": [4, 8, 12],
+    }
+    for tag, steps in curves.items():
+        assert [event.step for event in board.Scalars(tag)] == steps
+
+
+def test_loader_processes_may_change_on_resume(shards, tmp_path, undisturbed) -> None:
+    run = tmp_path / "run"
+    interrupt(make_trainer(shards, run, WHOLE | {"data.num_workers": 2}), 7)
+    train(shards, run, WHOLE | AUTO)
+    assert_same_run(run, undisturbed)
+
+
+def test_a_run_that_saved_nothing_starts_anew(shards, tmp_path, undisturbed) -> None:
+    run = tmp_path / "run"
+    interrupt(make_trainer(shards, run, WHOLE), 3)
+    train(shards, run, WHOLE | AUTO)
+    assert_same_run(run, undisturbed)
+
+
+def test_what_a_killed_process_leaves_is_put_right(shards, tmp_path, undisturbed) -> None:
+    """Killed after the checkpoint of epoch 2, before its links; another write was under way."""
+    run = tmp_path / "run"
+    interrupt(make_trainer(shards, run, WHOLE), 9)
+    links = {name: (run / name).readlink() for name in ("best", "best_test", "last")}
+    assert "step-8" in {str(link) for link in links.values()}
+    for name, link in links.items():
+        if str(link) == "step-8":
+            (run / name).unlink()
+    (run / "step-12.partial").mkdir()
+    (run / "step-12.partial" / "graph.safetensors").write_bytes(b"cut")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "step", "st')
+    train(shards, run, WHOLE | AUTO)
+    assert_same_run(run, undisturbed)
+    assert not list(run.glob("*.partial"))
+
+
+def test_a_finished_run_stays_as_it_is(shards, tmp_path, undisturbed) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run, symlinks=True)
+    results = train(shards, run, WHOLE | AUTO)
+    assert_same_run(run, undisturbed)
+    assert results["steps"] == 12
+
+
+def test_a_run_may_get_more_epochs_where_no_schedule_depends_on_them(shards, tmp_path) -> None:
+    settings = BASELINE | {"train.precision": "bf16"}
+    train(shards, tmp_path / "run", settings | {"train.epochs": 1})
+    train(shards, tmp_path / "run", settings | AUTO | {"train.epochs": 2})
+    train(shards, tmp_path / "whole", settings | {"train.epochs": 2})
+    assert_same_tensors(saved_tensors(tmp_path / "run"), saved_tensors(tmp_path / "whole"))
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "whole")
+
+
+def test_a_named_checkpoint_continues_in_another_folder(shards, tmp_path) -> None:
+    settings = BASELINE | {"train.epochs": 2, "train.keep_last": 2}
+    train(shards, tmp_path / "whole", settings)
+    checkpoint = str(tmp_path / "whole" / "step-2")
+    train(shards, tmp_path / "other", settings | {"train.resume": checkpoint})
+    assert_same_tensors(saved_tensors(tmp_path / "other"), saved_tensors(tmp_path / "whole"))
+    with pytest.raises(ConfigError, match="already holds a run, the newest checkpoint being step-4"):
+        make_trainer(shards, tmp_path / "whole", settings | {"train.resume": checkpoint})
+
+
+
+
+def test_other_data_is_refused(pattern_folder, shards, tmp_path) -> None:
+    train(shards, tmp_path / "run", BASELINE)
+    others = draw_patterns(tmp_path / "images", images=7)
+    other_shards = convert_patterns(others, tmp_path / "shards")
+    with pytest.raises(ConfigError, match=r"step-2 was trained on other data than .*manifests differ"):
+        make_trainer(other_shards, tmp_path / "run", BASELINE | AUTO)
+    # The same data under another name is welcome.
+    again = convert_patterns(pattern_folder, tmp_path / "moved")
+    make_trainer(again, tmp_path / "run", BASELINE | AUTO)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"data.validation": 0.5}, {"data.validation": 0.25, "seed": 2}],
+    ids=["other share", "same share of other classes"],
+)
+def test_other_training_classes_are_refused(shards, tmp_path, change: dict[str, Any]) -> None:
+    settings = BASELINE | {"data.validation": 0.25}
+    train(shards, tmp_path / "run", settings)
+    with pytest.raises(ConfigError, match=r"trained on other classes of .*\(6, now \d\). Set seed"):
+        make_trainer(shards, tmp_path / "run", settings | AUTO | change)
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "rate": ({"optim.metric_model.lr": 0.5}, r"optim.metric_model.lr was 0.01, is 0.5"),
+    "schedule": (
+        {"optim.classifier.schedule.name": "step"},
+        r"optim.classifier.schedule was .*constant.*, is .*step",
+    ),
+    "optimiser": ({"optim.graph.name": "sgd"}, r"optim.graph.name was adamw, is sgd"),
+    "end of a cosine": ({"train.epochs": 5}, r"train.epochs was 1, is 5 \(cosine"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_settings_that_the_checkpoint_would_override_are_refused(shards, tmp_path, case: str) -> None:
+    settings = {"train.max_steps_per_epoch": 1}
+    train(shards, tmp_path / "run", settings)
+    change, message = CHANGES[case]
+    with pytest.raises(ConfigError, match=f"`train.resume`: optimisers .*{message}.*Set these back"):
+        make_trainer(shards, tmp_path / "run", settings | AUTO | change)
+    # Nobody's optimiser: this run has no proxies.
+    make_trainer(shards, tmp_path / "run", settings | AUTO | {"optim.proxies.lr": 5.0})
+
+
+def test_another_model_is_refused(shards, tmp_path) -> None:
+    train(shards, tmp_path / "run", BASELINE)
+    with pytest.raises(ConfigError, match=r"does not fit part `metric_model`: .*head.linear.weight"):
+        make_trainer(shards, tmp_path / "run", BASELINE | AUTO | {"model.embedding_dim": 6})
+
+
+def flip_a_byte(folder: Path) -> None:
+    file = folder / "optimizer-metric_model.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def remove_a_file(folder: Path) -> None:
+    (folder / "metric_model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(flip_a_byte, r"optimizer-metric_model.pt is damaged"), (remove_a_file, "lacks metric_model")],
+)
+def test_a_damaged_checkpoint_is_refused(
+    shards, tmp_path, damage: Callable[[Path], None], message: str
+) -> None:
+    train(shards, tmp_path / "run", BASELINE)
+    damage(tmp_path / "run" / "step-2")
+    with pytest.raises(DataError, match=message):
+        make_trainer(shards, tmp_path / "run", BASELINE | AUTO)
+
+
+def test_a_missing_checkpoint_is_refused(shards, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere/step-1` is no checkpoint: expected a folder"):
+        make_trainer(shards, tmp_path / "run", {"train.resume": f"{tmp_path}/nowhere/step-1"})
