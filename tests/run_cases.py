@@ -26,9 +26,7 @@ STEPS_PER_EPOCH = 5
 CLOCK_KEYS = ("step_seconds", "data_seconds")
 
 
-def draw_patterns(
-    folder: Path, num_classes: int = NUM_CLASSES, images: int | list[int] = IMAGES_PER_CLASS
-) -> Path:
+def draw_patterns(folder: Path, num_classes: int = NUM_CLASSES, images: int | list[int] = IMAGES_PER_CLASS) -> Path:
     """Write `folder/<class>/<n>.png`: a class is a hue; brightness and noise hide it from untrained weights."""
     draws = np.random.default_rng(7)
     chroma = np.array([[1, -1, 0], [1, 1, -2]]) / np.sqrt([[2], [6]])
@@ -94,15 +92,11 @@ def make_config(shards: Path, run_dir: Path, overrides: Mapping[str, Any] | None
     return config_from_mapping(with_overrides(base_settings(shards, run_dir), overrides or {}))
 
 
-def make_trainer(
-    shards: Path, run_dir: Path, overrides: Mapping[str, Any] | None = None, **options: bool
-) -> Trainer:
+def make_trainer(shards: Path, run_dir: Path, overrides: Mapping[str, Any] | None = None, **options: bool) -> Trainer:
     return Trainer(make_config(shards, run_dir, overrides), progress_bars=False, **options)
 
 
-def train(
-    shards: Path, run_dir: Path, overrides: Mapping[str, Any] | None = None, **options: bool
-) -> dict[str, Any]:
+def train(shards: Path, run_dir: Path, overrides: Mapping[str, Any] | None = None, **options: bool) -> dict[str, Any]:
     return make_trainer(shards, run_dir, overrides, **options).run()
 
 

@@ -94,7 +94,7 @@ def retrieval(
             f"Leave it at {scores.TILE_ROWS} or raise it where memory allows."
         )
     table = _QueryTable.empty(len(query), num_neighbours, query.device)
-    with scores.full_precision(query.device.type):
+    with scores.full_precision():
         for queries, row_scores in search.chunks(chunk_size, everything=num_neighbours > 0):
             _rank_chunk(search, queries, row_scores, num_neighbours, table)
     return _average(search, table, ks)
@@ -181,7 +181,7 @@ class _Search:
         if not everything:
             order = order[self.num_references[order] > 0]
         for queries in order.split(size):
-            rows.zero_()
+            # A short last chunk scores old rows behind its own; they are not looked at.
             rows[: len(queries)] = self.unit_queries[queries]
             height = scores.round_up(len(queries), scores.TILE_ROWS)
             scores.score_rows(rows[:height], self.unit_gallery, buffer[:height])

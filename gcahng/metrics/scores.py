@@ -56,8 +56,8 @@ def normalise(embeddings: Tensor, num_rows: int) -> Tensor:
 
 
 @contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
-    """Switch autocast, TF32 and bf16 products off inside; they reorder close neighbours.
+def full_precision() -> Iterator[None]:
+    """Switch TF32 and bf16 products off inside; they reorder close neighbours.
 
     Training commonly runs with them on. The settings of the process are put back on leaving.
     """
@@ -66,8 +66,7 @@ def full_precision(device_type: str) -> Iterator[None]:
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        with torch.autocast(device_type, enabled=False):
-            yield
+        yield
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
@@ -86,4 +85,5 @@ def score_rows(unit_queries: Tensor, unit_gallery: Tensor, out: Tensor) -> None:
         for left in range(0, len(unit_gallery), TILE_COLUMNS):
             columns = unit_gallery[left : left + TILE_COLUMNS]
             tile = out[top : top + TILE_ROWS, left : left + TILE_COLUMNS]
+            # With `out`, autocast leaves a product alone.
             torch.mm(rows, columns.t(), out=tile)

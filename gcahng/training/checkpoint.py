@@ -71,9 +71,7 @@ def save_checkpoint(
     return target
 
 
-def _write_parts(
-    folder: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
-) -> None:
+def _write_parts(folder: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> None:
     for name, module in modules.items():
         # Copies: safetensors refuses tensors that share memory, as tied weights of an own backbone do.
         state = module.state_dict()

@@ -19,7 +19,7 @@ from gcahng.errors import ConfigError, TrainingError
 from gcahng.training.neighbours import draw_neighbours
 from gcahng.training.results import metric_columns
 
-NUM_CLASSES = 600
+NUM_CLASSES = 800
 IMAGE_SIZE = 32
 DATA_SEED = 0
 BASELINE = ("graph.enabled=false", "generation.enabled=false")

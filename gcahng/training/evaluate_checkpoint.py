@@ -46,9 +46,7 @@ def embedding_settings(config: Config, *, progress_bars: bool = False) -> Embedd
     )
 
 
-def evaluate_checkpoint(
-    path: Path, overrides: Sequence[str] = (), *, progress_bars: bool = False
-) -> dict[str, Any]:
+def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), *, progress_bars: bool = False) -> dict[str, Any]:
     """Metrics of a checkpoint as a row (see `gcahng.training.evaluation.as_row`)."""
     model, config = load_metric_model(path, overrides)
     shards = ShardSet.open(config.data.dir)

@@ -103,9 +103,7 @@ def evaluate(
         chosen = shards.split_samples(config.split) if rows is None else rows
         query, labels = embed_rows(model, shards, chosen, settings)
         ks = usable_ks(config.ks, len(query) - 1) if rows is not None else config.ks
-        return retrieval(
-            query, labels, ks=ks, chunk_size=config.chunk_size, num_neighbours=num_neighbours
-        )
+        return retrieval(query, labels, ks=ks, chunk_size=config.chunk_size, num_neighbours=num_neighbours)
     gallery_rows = _gallery_rows(shards, config)
     query, labels = embed_rows(model, shards, shards.split_samples(config.split), settings)
     gallery, gallery_labels = embed_rows(model, shards, gallery_rows, settings)

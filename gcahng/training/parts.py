@@ -89,7 +89,12 @@ def build_metric_loss(config: LossConfig, num_classes: int, embedding_dim: int) 
     """
     factory = _LOSSES.get(config.metric) or load_component(config.metric)
     known = {"num_classes": num_classes, "embedding_dim": embedding_dim}
-    wanted = inspect.signature(factory).parameters
+    try:
+        wanted = inspect.signature(factory).parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"`loss.metric` must name a class or a function: `{config.metric}` is no such ({error})."
+        ) from error
     arguments = {name: value for name, value in known.items() if name in wanted} | config.args
     try:
         loss = factory(**arguments)

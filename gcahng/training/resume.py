@@ -67,7 +67,5 @@ def _overridden_settings(saved: Config, now: Config, parts: Iterable[str]) -> li
                 changed.append(f"optim.{name}.{key} was {value}, is {after[key]}")
         cosine |= after["schedule"]["name"] == "cosine"
     if cosine and saved.train.epochs != now.train.epochs:
-        changed.append(
-            f"train.epochs was {saved.train.epochs}, is {now.train.epochs} (cosine schedules end with it)"
-        )
+        changed.append(f"train.epochs was {saved.train.epochs}, is {now.train.epochs} (cosine schedules end with it)")
     return changed

@@ -59,9 +59,7 @@ class Progress:
 class Trainer:
     """Builds everything a configuration names and runs it."""
 
-    def __init__(
-        self, config: Config, *, progress_bars: bool = True, overwrite: bool = False
-    ) -> None:
+    def __init__(self, config: Config, *, progress_bars: bool = True, overwrite: bool = False) -> None:
         """
         Args:
             config: A checked configuration.
@@ -176,9 +174,7 @@ class Trainer:
         if self.data.validation_rows.size:
             splits["validation"] = self.data.validation_rows
         for split, rows in splits.items():
-            result = evaluate(
-                self.parts.metric_model, self.data.shards, self.config.eval, settings, rows=rows
-            )
+            result = evaluate(self.parts.metric_model, self.data.shards, self.config.eval, settings, rows=rows)
             row = {"epoch": epoch, "split": split} | as_row(result)
             run_log.write("evaluation", self.progress.step, row)
             self.progress.last[split] = row

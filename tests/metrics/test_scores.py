@@ -79,7 +79,7 @@ def test_autocast_around_the_call_changes_nothing() -> None:
 
 def test_full_precision_restores_the_settings_of_the_process() -> None:
     def fail_inside() -> None:
-        with full_precision("cpu"):
+        with full_precision():
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
             assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
             raise RuntimeError("stop")
@@ -87,8 +87,12 @@ def test_full_precision_restores_the_settings_of_the_process() -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
+        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        chosen = [backend.fp32_precision for backend in backends]
+        assert "ieee" not in chosen
         with pytest.raises(RuntimeError, match="stop"):
             fail_inside()
+        assert [backend.fp32_precision for backend in backends] == chosen
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)

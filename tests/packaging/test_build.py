@@ -25,6 +25,7 @@ SOURCES = (
     "Makefile",
     "LICENSE",
     "README.md",
+    "CHANGELOG.md",
     "constraints.txt",
 )
 

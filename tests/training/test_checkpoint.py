@@ -310,14 +310,12 @@ def entries(source: Path) -> set[str]:
     }
 
 
-def test_another_number_of_classes_starts_fresh_what_depends_on_it(
-    other_shards, tmp_path, source_run, caplog
-) -> None:
+def test_another_number_of_classes_starts_fresh_what_depends_on_it(other_shards, tmp_path, source_run, caplog) -> None:
     caplog.set_level("INFO")
     equal = start_from(other_shards, tmp_path / "run", source_run)
     assert equal == entries(source_run) - CLASS_ENTRIES
     (line,) = [r.message for r in caplog.records if r.message.startswith("Started from")]
-    assert CLASS_ENTRIES == set(line.split("fresh: ")[1].rstrip(".").split(", "))
+    assert set(line.split("fresh: ")[1].rstrip(".").split(", ")) == CLASS_ENTRIES
 
 
 def test_as_many_other_classes_start_fresh_too(tmp_path, source_run) -> None:
@@ -355,6 +353,15 @@ def test_parts_may_come_and_go(shards, tmp_path, source_run) -> None:
 def test_another_model_is_no_start(shards, tmp_path, source_run, overrides, message) -> None:
     with pytest.raises(ConfigError, match=rf"`train.init_from` .*step-2 does not fit {message}"):
         start_from(shards, tmp_path / "run", source_run, **overrides)
+
+
+def test_published_weights_are_not_needed_once_there_is_a_checkpoint(shards, tmp_path, source_run) -> None:
+    """They would be replaced; a resumed job may run where they cannot be fetched."""
+    settings = SETTINGS | {"model.weights": f"{tmp_path}/gone.safetensors"}
+    with pytest.raises(ConfigError, match="gone.safetensors` does not exist"):
+        make_trainer(shards, tmp_path / "run", settings)
+    make_trainer(shards, tmp_path / "run", settings | {"train.init_from": str(source_run / "last")})
+    make_trainer(shards, tmp_path / "run", settings | {"train.resume": str(source_run / "last")})
 
 
 def test_a_start_from_nowhere_or_from_damage_is_refused(shards, tmp_path, source_run) -> None:

@@ -45,9 +45,7 @@ def test_every_row_once_and_in_the_order_asked_for(
     shard_set, model, settings, batch_size: int, num_workers: int
 ) -> None:
     rows = np.random.default_rng(0).permutation(len(shard_set))[:23]
-    got, labels = embed_rows(
-        model, shard_set, rows, replace(settings, batch_size=batch_size, num_workers=num_workers)
-    )
+    got, labels = embed_rows(model, shard_set, rows, replace(settings, batch_size=batch_size, num_workers=num_workers))
     model.eval()
     images = torch.stack([eval_transform(picture(shard_set, int(r)), settings.transform) for r in rows])
     with torch.no_grad():
@@ -93,9 +91,7 @@ def test_self_retrieval_ranks_a_split_among_itself(shard_set, model, settings) -
 
 def test_given_rows_are_ranked_among_themselves(shard_set, model, settings) -> None:
     rows = shard_set.split_samples("train")[:18]
-    result = evaluate(
-        model, shard_set, EvalConfig(ks=(1, 17, 18, 100)), settings, rows=rows, num_neighbours=3
-    )
+    result = evaluate(model, shard_set, EvalConfig(ks=(1, 17, 18, 100)), settings, rows=rows, num_neighbours=3)
     want = retrieval(*embed_rows(model, shard_set, rows, settings), ks=(1, 17), num_neighbours=3)
     assert as_row(result) == as_row(want)
     assert torch.equal(result.neighbours, want.neighbours)
@@ -134,9 +130,7 @@ def street_and_shop(street_folder: Path) -> ShardSet:
     return ShardSet.open(street_folder)
 
 
-QUERY_GALLERY = EvalConfig(
-    protocol="query_gallery", split="query", gallery_split="gallery", ks=(1, 10)
-)
+QUERY_GALLERY = EvalConfig(protocol="query_gallery", split="query", gallery_split="gallery", ks=(1, 10))
 
 
 def test_one_split_queries_another(street_and_shop, model, settings) -> None:
@@ -274,8 +268,6 @@ def test_cuda_embeds_like_the_cpu(shard_set, model, settings, dtype) -> None:
     rows = np.arange(20)
     want, _ = embed_rows(model, shard_set, rows, settings)
     cuda = torch.device("cuda")
-    got, _ = embed_rows(
-        model.to(cuda), shard_set, rows, replace(settings, device=cuda, matmul_dtype=dtype)
-    )
+    got, _ = embed_rows(model.to(cuda), shard_set, rows, replace(settings, device=cuda, matmul_dtype=dtype))
     assert got.device.type == "cpu"
     assert (got - want).norm() / want.norm() < 2e-2

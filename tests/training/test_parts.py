@@ -127,7 +127,8 @@ def test_losses_by_name_and_by_path(metric: str, args: dict[str, Any], kind: typ
     [
         ("proxy_anchor", {"scal": 3}, r"`loss.args` do not fit loss.metric `proxy_anchor`: .*scal"),
         ("n_pair_plus", {"margin": 1}, r"`loss.args` do not fit loss.metric `n_pair_plus`"),
-        ("collections.OrderedDict", {}, r"`loss.metric` must make a torch.nn.Module: .*OrderedDict"),
+        ("collections.Counter", {}, r"`loss.metric` must make a torch.nn.Module: .*made Counter"),
+        ("math.pi", {}, r"`loss.metric` must name a class or a function: `math.pi` is no such"),
         ("no_such_module:Loss", {}, r"no module `no_such_module` can be imported"),
     ],
 )
@@ -174,9 +175,7 @@ def test_a_part_without_parameters_has_no_optimiser() -> None:
 @pytest.mark.parametrize("bound", [10.0, None])
 def test_metric_model_and_graph_are_clipped_and_nothing_else(bound: float | None) -> None:
     overrides = {f"optim__{part}__name": "sgd" for part in ("metric_model", "graph", "classifier", "proxies")}
-    overrides |= {
-        f"optim__{part}__weight_decay": 0.0 for part in ("metric_model", "graph", "classifier", "proxies")
-    }
+    overrides |= {f"optim__{part}__weight_decay": 0.0 for part in ("metric_model", "graph", "classifier", "proxies")}
     parts = parts_of(config_of(loss__metric="proxy_anchor", optim__clip_value=bound, **overrides))
     for name, optimizer in parts.optimizers.items():
         parts.gates[name].active = "both"
@@ -224,9 +223,7 @@ def test_factors_reach_the_step() -> None:
     assert not settings.generate and not settings.channel_coefficients
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype"), [("fp32", None), ("bf16", torch.bfloat16)]
-)
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", None), ("bf16", torch.bfloat16)])
 def test_precision_reaches_the_backend(precision: str, dtype: torch.dtype | None) -> None:
     config = config_of(train__precision=precision)
     assert build_step(config, parts_of(config), CPU)[1].matmul_dtype is dtype

@@ -42,7 +42,7 @@ def test_an_epoch_shorter_than_the_check(shards, tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("per_step", "epoch", "run"),
-    [(0.01, "1 s", "10 s"), (1.0, "2 min", "17 min"), (30.0, "50 min", "8.3 h")],
+    [(0.01, "1 s", "10 s"), (1.0, "100 s", "17 min"), (30.0, "50 min", "8.3 h")],
 )
 def test_the_text_names_time_and_memory(per_step: float, epoch: str, run: str) -> None:
     text = Forecast(0.75 * per_step, 0.25 * per_step, 100, 10, 3 << 29, {"total_loss": 2.5}).text()

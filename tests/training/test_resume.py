@@ -69,8 +69,7 @@ def assert_same_run(got: Path, want: Path) -> None:
         assert read_state(got, link) == read_state(want, link)
         for file in (want / link).glob("optimizer-*.pt"):
             groups = [
-                torch.load(folder / link / file.name, weights_only=True)["param_groups"]
-                for folder in (got, want)
+                torch.load(folder / link / file.name, weights_only=True)["param_groups"] for folder in (got, want)
             ]
             assert groups[0] == groups[1]
     assert read_metrics(got) == read_metrics(want)
@@ -159,8 +158,6 @@ def test_a_named_checkpoint_continues_in_another_folder(shards, tmp_path) -> Non
         make_trainer(shards, tmp_path / "whole", settings | {"train.resume": checkpoint})
 
 
-
-
 def test_other_data_is_refused(pattern_folder, shards, tmp_path) -> None:
     train(shards, tmp_path / "run", BASELINE)
     others = draw_patterns(tmp_path / "images", images=7)
@@ -227,9 +224,7 @@ def remove_a_file(folder: Path) -> None:
     ("damage", "message"),
     [(flip_a_byte, r"optimizer-metric_model.pt is damaged"), (remove_a_file, "lacks metric_model")],
 )
-def test_a_damaged_checkpoint_is_refused(
-    shards, tmp_path, damage: Callable[[Path], None], message: str
-) -> None:
+def test_a_damaged_checkpoint_is_refused(shards, tmp_path, damage: Callable[[Path], None], message: str) -> None:
     train(shards, tmp_path / "run", BASELINE)
     damage(tmp_path / "run" / "step-2")
     with pytest.raises(DataError, match=message):

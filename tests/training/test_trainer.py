@@ -18,6 +18,7 @@ from run_cases import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gcahng.data.transforms import normalise
 from gcahng.training import checkpoint
 from gcahng.training.config import load_config
 from gcahng.training.evaluation import EmbeddingSettings, evaluate
@@ -103,6 +104,26 @@ def test_epoch_averages_steer_the_next_epoch(finished_run) -> None:
             assert row["synthetic_weight"] == pytest.approx(want, rel=1e-5)
 
 
+def test_each_step_has_its_own_number_and_batch(shards, tmp_path) -> None:
+    """The number is a coordinate of the random draws."""
+    trainer = make_trainer(shards, tmp_path / "run", BASELINE | {"train.epochs": 2, "train.max_steps_per_epoch": 3})
+    step, seen = trainer.step, []
+
+    def watched(images: torch.Tensor, labels: torch.Tensor, *rest: Any, **options: Any) -> dict[str, torch.Tensor]:
+        seen.append((options["step"], images.clone(), labels.clone()))
+        return step(images, labels, *rest, **options)
+
+    trainer.step = watched
+    trainer.run()
+    assert [number for number, _, _ in seen] == list(range(6))
+    loader = make_trainer(shards, tmp_path / "other", BASELINE).loader
+    batches = [batch for epoch in (0, 1) for batch in list(loader.epoch_iterator(epoch))[:3]]
+    for (_, images, labels), batch in zip(seen, batches, strict=True):
+        assert torch.equal(images, normalise(batch.images, trainer.data.transform))
+        assert torch.equal(labels, batch.labels)
+    assert not torch.equal(seen[0][1], seen[3][1])
+
+
 def test_learning_rates_follow_their_schedules(finished_run) -> None:
     for row in rows_of(finished_run.dir, "step"):
         epoch = row["epoch"]
@@ -114,9 +135,7 @@ def test_learning_rates_follow_their_schedules(finished_run) -> None:
 def test_every_epoch_is_evaluated_on_test_and_validation_classes(finished_run) -> None:
     rows = rows_of(finished_run.dir, "evaluation")
     assert [(row["epoch"], row["step"], row["split"]) for row in rows] == [
-        (epoch, epoch * STEPS_WITH_VALIDATION, split)
-        for epoch in (1, 2, 3)
-        for split in ("test", "validation")
+        (epoch, epoch * STEPS_WITH_VALIDATION, split) for epoch in (1, 2, 3) for split in ("test", "validation")
     ]
     for row in rows:
         assert set(row) == EVALUATION_KEYS
@@ -314,9 +333,7 @@ def test_adding_the_graph_leaves_the_initial_weights_and_batches_alone(shards, t
         assert torch.equal(batch.images, batches["whole"].images)
 
 
-@pytest.mark.parametrize(
-    ("every", "epochs", "evaluated"), [(1, 2, [1, 2]), (2, 3, [2, 3]), (50, 2, [2])]
-)
+@pytest.mark.parametrize(("every", "epochs", "evaluated"), [(1, 2, [1, 2]), (2, 3, [2, 3]), (50, 2, [2])])
 def test_evaluation_comes_every_few_epochs_and_at_the_end(
     shards, tmp_path, every: int, epochs: int, evaluated: list[int]
 ) -> None:

@@ -1,0 +1,133 @@
+"""`launch/evaluate.py`: runs and checkpoints, on their own data and on other."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_cases import convert_patterns, draw_patterns, read_metrics, train
+
+from gcahng.training.evaluate_checkpoint import evaluate_checkpoint
+
+ROOT = Path(__file__).parents[2]
+# What a row of metrics.jsonl holds beside the metrics.
+LABELS = ("kind", "step", "epoch", "split")
+
+
+@pytest.fixture(scope="module")
+def run_dir(launch_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three epochs; enough are kept that every link has its checkpoint."""
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    settings = {"train.epochs": 3, "data.validation": 0.375, "eval.ks": [1, 2, 10]}
+    train(launch_shards, folder, settings)
+    return folder
+
+
+def logged(run_dir: Path, link: str) -> dict[str, Any]:
+    step = int((run_dir / link).readlink().name.removeprefix("step-"))
+    (row,) = [
+        row
+        for row in read_metrics(run_dir)
+        if row["kind"] == "evaluation" and row["step"] == step and row["split"] == "test"
+    ]
+    return {key: value for key, value in row.items() if key not in LABELS}
+
+
+def shown(row: dict[str, Any]) -> str:
+    names = {
+        "recall_at_1": "R@1",
+        "recall_at_2": "R@2",
+        "recall_at_10": "R@10",
+        "r_precision": "RP",
+        "map_at_r": "MAP@R",
+    }
+    values = "  ".join(f"{name} {100 * row[key]:.2f}" for key, name in names.items())
+    return f"{values}\n{row['num_queries']} queries, {row['num_without_reference']} without a reference\n"
+
+
+def test_a_run_gives_the_numbers_it_logged(process, run_dir, tmp_path) -> None:
+    arguments = ("--run", run_dir, "--quiet", "--json", tmp_path / "metrics.json")
+    ended = process(ROOT / "launch" / "evaluate.py", *arguments)
+    assert ended.status == 0, ended.err
+    want = logged(run_dir, "last")
+    assert json.loads((tmp_path / "metrics.json").read_text()) == want
+    assert ended.out == shown(want) and ended.err == ""
+
+
+@pytest.mark.parametrize("which", ["best", "best_test", "last"])
+def test_which_checkpoint_of_the_run(command_line, run_dir, which: str) -> None:
+    ended = command_line("evaluate.py", "--run", run_dir, "--which", which, "--quiet")
+    assert ended.status == 0 and ended.out == shown(logged(run_dir, which))
+
+
+def file_in(run_dir: Path) -> Path:
+    return run_dir / "last" / "metric_model.safetensors"
+
+
+def folder_of(run_dir: Path) -> Path:
+    return (run_dir / "last").resolve()
+
+
+@pytest.mark.parametrize("choose", [file_in, folder_of])
+def test_a_checkpoint_on_other_data(command_line, run_dir, tmp_path, choose: Callable[[Path], Path]) -> None:
+    others = draw_patterns(tmp_path / "images", num_classes=6, images=5)
+    # A name that YAML would read otherwise, and letters beyond ASCII.
+    shards = convert_patterns(others, tmp_path / "no: é, 🙂")
+    arguments = ("--checkpoint", choose(run_dir), "--data", shards, "--quiet")
+    ended = command_line("evaluate.py", *arguments)
+    assert ended.status == 0, ended.err
+    want = evaluate_checkpoint(run_dir / "last", [f'data.dir="{shards}"'])
+    assert want["num_queries"] == 15 and ended.out == shown(want)
+
+
+def test_settings_may_be_replaced(command_line, run_dir) -> None:
+    ended = command_line("evaluate.py", "eval.ks=[3]", "--run", run_dir, "--quiet", "eval.split=train")
+    want = evaluate_checkpoint(run_dir / "last", ["eval.ks=[3]", "eval.split=train"])
+    assert ended.status == 0
+    assert ended.out.startswith(f"R@3 {100 * want['recall_at_3']:.2f}  RP ")
+    assert "48 queries" in ended.out
+
+
+def test_a_bar_shows_the_way(command_line, run_dir) -> None:
+    ended = command_line("evaluate.py", "--run", run_dir)
+    assert ended.status == 0 and "embed" in ended.err
+
+
+def broken(run_dir: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "step-9"
+    folder.mkdir()
+    for file in (run_dir / "last").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    model = folder / "metric_model.safetensors"
+    content = bytearray(model.read_bytes())
+    content[-1] ^= 1
+    model.write_bytes(content)
+    return folder
+
+
+def test_what_cannot_be_evaluated(command_line, run_dir, launch_shards, tmp_path) -> None:
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("--run", tmp_path), f"`{tmp_path}/last` is no checkpoint: expected a folder step-N"),
+        (("--run", tmp_path / "none", "--which", "best"), "none/best` is no checkpoint"),
+        (("--checkpoint", launch_shards), "is no checkpoint"),
+        (("--checkpoint", launch_shards / "manifest.json"), "is no checkpoint"),
+        (("--checkpoint", broken(run_dir, tmp_path)), "metric_model.safetensors is damaged"),
+        (("--run", run_dir, "--data", tmp_path), "manifest.json is missing"),
+        (("--run", run_dir, "eval.ks=[50]"), "`ks` must"),
+        (("--run", run_dir, "eval.split=dev"), "Split 'dev' does not exist"),
+        (("--run", run_dir, "model.embedding_dim=4"), "does not fit part `metric_model`"),
+        (("--run", run_dir, "eval.kss=[1]"), "eval.kss (command line): unknown key; did you mean `eval.ks`"),
+        (("--run", run_dir, "--json", tmp_path / "no" / "x.json"), "`--json`"),
+    ]
+    for arguments, message in cases:
+        ended = command_line("evaluate.py", *arguments, "--quiet")
+        assert ended.status == 2 and ended.out == "", arguments
+        assert ended.err.startswith("error: ") and message in ended.err, ended.err
+        assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--run", "a", "--checkpoint", "b"], ["--run", "a", "--which", "first"]])
+def test_a_wrong_command_line_shows_its_use(command_line, arguments: list[str]) -> None:
+    ended = command_line("evaluate.py", *arguments)
+    assert ended.status == 2 and ended.err.startswith("usage: launch/evaluate.py")
