@@ -16,7 +16,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DemoPaths.data, help="shard folder")
     parser.add_argument("--runs", type=Path, default=DemoPaths.runs, help="folder for the runs")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def main() -> int:

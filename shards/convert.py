@@ -81,9 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     custom = kinds.add_parser("custom", help="a source of your own, by dotted path")
     custom.add_argument("--source-class", required=True, help="package.module:Name")
     custom.add_argument("--source", type=Path, required=True, help="passed to it")
-    custom.add_argument(
-        "--option", type=_option, action="append", default=[], help="key=value, passed to it"
-    )
+    custom.add_argument("--option", type=_option, action="append", default=[], help="key=value, passed to it")
     for kind in (glyphs, folder):
         kind.add_argument("--test-share", type=float, default=0.5, help="share of test classes")
     for kind in (glyphs, folder, custom):
@@ -101,9 +99,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         default="fail",
         help="unreadable images and empty classes: stop, or leave out and list (default: fail)",
     )
-    parser.add_argument(
-        "--shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, help="start a new tar beyond this"
-    )
+    parser.add_argument("--shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, help="start a new tar beyond this")
     parser.add_argument("--overwrite", action="store_true", help="replace a shard folder at OUT")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 

@@ -78,8 +78,7 @@ def convert(
 def summary(manifest: Manifest, out: Path | str) -> str:
     """What a conversion made, for people."""
     lines = [
-        f"{split}: {counts['classes']} classes, {counts['images']} images"
-        for split, counts in manifest.splits.items()
+        f"{split}: {counts['classes']} classes, {counts['images']} images" for split, counts in manifest.splits.items()
     ]
     extra = manifest.extra
     merged = extra.get("merged", {})
@@ -117,9 +116,7 @@ class _Faults:
         self.skipped.append({"source": fault.source, "reason": fault.reason})
 
 
-def _write(
-    writer: ShardWriter, results: Iterable[tuple[SourceItem, Loaded | Fault]], faults: _Faults
-) -> int:
+def _write(writer: ShardWriter, results: Iterable[tuple[SourceItem, Loaded | Fault]], faults: _Faults) -> int:
     """Write all images; returns how many repeat an earlier one of their class byte by byte."""
     duplicates, seen, current = 0, set[bytes](), ""
     for item, result in results:
@@ -131,9 +128,7 @@ def _write(
         digest = hashlib.blake2b(result.image, digest_size=16).digest()
         duplicates += digest in seen
         seen.add(digest)
-        writer.write(
-            Sample(result.image, result.extension, item.class_name, item.split, item.source)
-        )
+        writer.write(Sample(result.image, result.extension, item.class_name, item.split, item.source))
     return duplicates
 
 

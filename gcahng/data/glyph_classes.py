@@ -86,9 +86,7 @@ def group(glyphs: Iterable[Glyph], min_faces: int = 2, one_per_outline: bool = F
         by_character[glyph.code_point].append(glyph)
     without_ink = sorted(c for c, own in by_character.items() if not any(g.outline for g in own))
     outlines = {
-        c: {g.outline for g in own if g.outline}
-        for c, own in by_character.items()
-        if any(g.outline for g in own)
+        c: {g.outline for g in own if g.outline} for c, own in by_character.items() if any(g.outline for g in own)
     }
     members = _merge(outlines)
     owners: Counter[str] = Counter()

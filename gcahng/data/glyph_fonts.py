@@ -126,8 +126,7 @@ class _Outlines(dict[str, str]):
             rows = np.column_stack([grid, on_curve]).astype("<i4")
             # Sorted: one font builds a C with cedilla from a C and a cedilla, another the reverse.
             contours = sorted(
-                rows[start:stop].tobytes()
-                for start, stop in pairwise([0, *(end + 1 for end in contour_ends)])
+                rows[start:stop].tobytes() for start, stop in pairwise([0, *(end + 1 for end in contour_ends)])
             )
             # A shape without width or height has no ink.
             if np.ptp(grid, axis=0).all():
@@ -138,6 +137,5 @@ class _Outlines(dict[str, str]):
 
 def _extra_missing(package: str) -> InputError:
     return InputError(
-        f'The data set "glyphs" needs {package}, which is not installed. '
-        'Run: pip install "gcahng[glyphs]"'
+        f'The data set "glyphs" needs {package}, which is not installed. Run: pip install "gcahng[glyphs]"'
     )

@@ -73,9 +73,7 @@ class Glyphs:
         chosen = self._choose(inventory.classes)
         split = class_disjoint_split((c.name for c in chosen), self.seed, self.test_share)
         items = [
-            SourceItem(c.name, split[c.name], f"{g.face} {code_text(g.code_point)}")
-            for c in chosen
-            for g in c.pictures
+            SourceItem(c.name, split[c.name], f"{g.face} {code_text(g.code_point)}") for c in chosen for g in c.pictures
         ]
         merged = {c.name: [code_text(m) for m in c.members] for c in chosen if c.members}
         options = {
@@ -91,9 +89,7 @@ class Glyphs:
     def load(self, item: SourceItem) -> bytes:
         """Draw one picture."""
         face, _, code = item.source.rpartition(" ")
-        return draw_glyph(
-            self.directory / f"{face}.ttf", int(code.removeprefix("U+"), 16), self.size
-        )
+        return draw_glyph(self.directory / f"{face}.ttf", int(code.removeprefix("U+"), 16), self.size)
 
     def _choose(self, classes: Iterable[GlyphClass]) -> list[GlyphClass]:
         by_name = {c.name: c for c in classes}

@@ -32,9 +32,7 @@ class Loaded:
     extension: str
 
 
-def load_all(
-    source: Source, items: Sequence[SourceItem], workers: int
-) -> Generator[Loaded | Fault, None, None]:
+def load_all(source: Source, items: Sequence[SourceItem], workers: int) -> Generator[Loaded | Fault, None, None]:
     """Load and check all items.
 
     Args:
@@ -66,8 +64,7 @@ def load_all(
             yield from results
     except BrokenProcessPool:
         raise DataError(
-            "A conversion worker was killed, most likely for want of memory. Pass a smaller "
-            "--workers."
+            "A conversion worker was killed, most likely for want of memory. Pass a smaller --workers."
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -126,9 +126,7 @@ class Manifest:
 def _from_json(raw: object, path: Path) -> Manifest:
     version = raw.get("version") if isinstance(raw, dict) else None
     if not isinstance(raw, dict) or version != MANIFEST_VERSION:
-        raise DataError(
-            f"{path}: expected version {MANIFEST_VERSION}, got {version!r}. {_CONVERT_AGAIN}"
-        )
+        raise DataError(f"{path}: expected version {MANIFEST_VERSION}, got {version!r}. {_CONVERT_AGAIN}")
     expected = {
         "source": str,
         "seed": int,
@@ -141,9 +139,7 @@ def _from_json(raw: object, path: Path) -> Manifest:
         if not isinstance(raw.get(name), kind):
             raise _malformed(path, f"`{name}`", kind.__name__, raw.get(name))
     for split, counts in raw["splits"].items():
-        if not isinstance(counts, dict) or not all(
-            type(counts.get(k)) is int for k in ("classes", "images")
-        ):
+        if not isinstance(counts, dict) or not all(type(counts.get(k)) is int for k in ("classes", "images")):
             raise _malformed(path, f"`splits.{split}`", "{classes: int, images: int}", counts)
     return Manifest(
         version=raw["version"],
@@ -159,28 +155,19 @@ def _from_json(raw: object, path: Path) -> Manifest:
 def _record(kind: type[Record], row: object, path: Path) -> Record:
     types = {f.name: f.type for f in fields(kind)}
     if not isinstance(row, Mapping) or {name: type(value) for name, value in row.items()} != types:
-        wanted = (
-            "{"
-            + ", ".join(f"{name}: {getattr(t, '__name__', t)}" for name, t in types.items())
-            + "}"
-        )
+        wanted = "{" + ", ".join(f"{name}: {getattr(t, '__name__', t)}" for name, t in types.items()) + "}"
         raise _malformed(path, f"an entry of {kind.__name__}", wanted, row)
     return kind(**row)
 
 
 def _malformed(path: Path, what: str, expected: str, got: object) -> DataError:
-    return DataError(
-        f"{path}: {what} is malformed: expected {expected}, got {str(got)[:200]}. {_CONVERT_AGAIN}"
-    )
+    return DataError(f"{path}: {what} is malformed: expected {expected}, got {str(got)[:200]}. {_CONVERT_AGAIN}")
 
 
 def _check_consistency(manifest: Manifest, path: Path) -> None:
     def require(what: str, expected: object, got: object) -> None:
         if expected != got:
-            raise DataError(
-                f"{path} contradicts itself: {what}: expected {expected}, got {got}. "
-                f"{_CONVERT_AGAIN}"
-            )
+            raise DataError(f"{path} contradicts itself: {what}: expected {expected}, got {got}. {_CONVERT_AGAIN}")
 
     names = [name for shard in manifest.shards for name in (shard.name, shard.index_name)]
     # A manifest may come from elsewhere: a name with a path in it would read outside the folder.
@@ -189,22 +176,16 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
         [],
         [n for n in names if Path(n).name != n or n in ("", ".", "..")],
     )
-    require(
-        "repeated file names", [], sorted(n for n, count in Counter(names).items() if count > 1)
-    )
+    require("repeated file names", [], sorted(n for n, count in Counter(names).items() if count > 1))
     ids = [info.class_id for info in manifest.classes]
     require(
         "class ids",
         f"0..{len(ids) - 1}",
         f"0..{len(ids) - 1}" if ids == list(range(len(ids))) else ids[:20],
     )
-    repeated = sorted(
-        n for n, count in Counter(c.name for c in manifest.classes).items() if count > 1
-    )
+    repeated = sorted(n for n, count in Counter(c.name for c in manifest.classes).items() if count > 1)
     require("repeated class names", [], repeated)
-    require(
-        "samples of all classes", manifest.num_samples, sum(c.num_samples for c in manifest.classes)
-    )
+    require("samples of all classes", manifest.num_samples, sum(c.num_samples for c in manifest.classes))
     images: Counter[str] = Counter()
     for shard in manifest.shards:
         images[shard.split] += shard.num_samples

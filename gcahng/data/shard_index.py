@@ -60,8 +60,7 @@ def load_index(path: Path, shard: ShardInfo) -> NDArray[np.void]:
     got = hashlib.sha256(content).hexdigest()
     if got != shard.index_sha256:
         raise DataError(
-            f"Index {path} differs from the manifest: expected sha256 {shard.index_sha256}, "
-            f"got {got}. {_REPAIR}"
+            f"Index {path} differs from the manifest: expected sha256 {shard.index_sha256}, got {got}. {_REPAIR}"
         )
     try:
         table: NDArray[np.void] = np.load(io.BytesIO(content), allow_pickle=False)

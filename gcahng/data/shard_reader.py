@@ -37,9 +37,7 @@ class ShardSet:
         meta_length: (N,) int64, bytes of the JSON member.
     """
 
-    def __init__(
-        self, manifest: Manifest, tables: list[NDArray[np.void]], store: ShardStore
-    ) -> None:
+    def __init__(self, manifest: Manifest, tables: list[NDArray[np.void]], store: ShardStore) -> None:
         self.manifest = manifest
         self.classes: tuple[ClassInfo, ...] = manifest.classes
         self._store = store
@@ -59,9 +57,7 @@ class ShardSet:
         self.meta_length: NDArray[np.int64] = column("meta_length", np.int64)
 
     @classmethod
-    def open(
-        cls, directory: Path | str, verify: bool = False, store: ShardStore | None = None
-    ) -> "ShardSet":
+    def open(cls, directory: Path | str, verify: bool = False, store: ShardStore | None = None) -> "ShardSet":
         """Read the manifest and all indexes; check the size of every shard.
 
         Args:
@@ -95,9 +91,7 @@ class ShardSet:
             DataError: There is no such split.
         """
         if split not in self.manifest.splits:
-            raise DataError(
-                f"Split {split!r} does not exist: expected one of {sorted(self.manifest.splits)}."
-            )
+            raise DataError(f"Split {split!r} does not exist: expected one of {sorted(self.manifest.splits)}.")
         chosen = np.array([info.split == split for info in self.manifest.shards], dtype=bool)
         return np.flatnonzero(chosen[self.shard])
 
@@ -160,8 +154,7 @@ class ShardSet:
         got = np.bincount(self.class_id[in_range], minlength=len(self.classes))
         if not in_range.all() or not np.array_equal(expected, got):
             raise DataError(
-                f"The indexes in {directory} contradict the manifest: the samples per class "
-                f"differ. {_REPAIR}"
+                f"The indexes in {directory} contradict the manifest: the samples per class differ. {_REPAIR}"
             )
 
 

@@ -85,9 +85,7 @@ class PartialFolder:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir()  # fails if another conversion made it since
         except OSError as error:
-            raise DataError(
-                f"Cannot create {self.path} ({error.strerror}). Give another --out."
-            ) from None
+            raise DataError(f"Cannot create {self.path} ({error.strerror}). Give another --out.") from None
         return self.path
 
     def __exit__(
@@ -109,9 +107,7 @@ class PartialFolder:
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return
         if not self.overwrite:
-            raise DataError(
-                f"{self.out} exists already. Give another --out, or pass --overwrite to replace it."
-            )
+            raise DataError(f"{self.out} exists already. Give another --out, or pass --overwrite to replace it.")
         if not (self.out / MANIFEST_NAME).is_file():
             raise DataError(
                 f"{self.out} exists and is not a shard folder (it has no {MANIFEST_NAME}), so "
@@ -166,9 +162,7 @@ class ShardWriter:
         self._finish_tar()
         classes = [
             ClassInfo(class_id, name, next(iter(splits)), sum(splits.values()))
-            for (name, class_id), splits in zip(
-                self._class_ids.items(), self._class_splits, strict=True
-            )
+            for (name, class_id), splits in zip(self._class_ids.items(), self._class_splits, strict=True)
         ]
         counts: dict[str, dict[str, int]] = {}
         for shard in self._shards:
@@ -177,9 +171,7 @@ class ShardWriter:
             for split, images in splits.items():
                 counts[split]["classes"] += 1
                 counts[split]["images"] += images
-        manifest = Manifest(
-            MANIFEST_VERSION, source, seed, tuple(self._shards), tuple(classes), counts, extra
-        )
+        manifest = Manifest(MANIFEST_VERSION, source, seed, tuple(self._shards), tuple(classes), counts, extra)
         manifest.save(self.directory)
         _sync(self.directory / MANIFEST_NAME)
         _sync(self.directory)

@@ -122,9 +122,7 @@ def seeded_order(names: Iterable[str], seed: int, purpose: str) -> list[str]:
     return sorted(names, key=lambda name: (draw(name), name))
 
 
-def class_disjoint_split(
-    class_names: Iterable[str], seed: int, test_share: float = 0.5
-) -> dict[str, str]:
+def class_disjoint_split(class_names: Iterable[str], seed: int, test_share: float = 0.5) -> dict[str, str]:
     """Class name -> "train" or "test"; `round(test_share * classes)` of them, at least 1, test.
 
     Args:
@@ -138,8 +136,7 @@ def class_disjoint_split(
     """
     if not 0 < test_share < 1:
         raise InputError(
-            f"`test_share` must be a share of the classes: expected more than 0 and less than 1, "
-            f"got {test_share}."
+            f"`test_share` must be a share of the classes: expected more than 0 and less than 1, got {test_share}."
         )
     order = seeded_order(class_names, seed, "split")
     if len(order) < 2:

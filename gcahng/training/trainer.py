@@ -268,6 +268,10 @@ class Trainer:
         log.info("Started from %s; fresh: %s.", folder, ", ".join(fresh) or "none")
 
     def _finish(self) -> dict[str, Any]:
+        path = self.run_dir / RESULTS_FILE
+        if not self._seconds and path.is_file():  # resumed after its end: keep what was measured then
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found
         steady = [total for total, _ in self._seconds[len(self._seconds) // 10 :]]
         best_test = self.progress.best.get("test")
         results = {
@@ -279,7 +283,7 @@ class Trainer:
             "seconds_per_step": statistics.median(steady) if steady else None,
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
-        partial = self.run_dir / f"{RESULTS_FILE}.partial"
+        partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.run_dir / RESULTS_FILE)
+        partial.replace(path)
         return results

@@ -63,10 +63,7 @@ def test_classes_are_contiguous_and_train_comes_first(birds: Path, tmp_path: Pat
 
 
 def test_seed_changes_the_order_of_classes(birds: Path, tmp_path: Path) -> None:
-    orders = {
-        tuple(c.name for c in convert(Folder(birds), tmp_path / f"{s}", seed=s).classes)
-        for s in range(4)
-    }
+    orders = {tuple(c.name for c in convert(Folder(birds), tmp_path / f"{s}", seed=s).classes) for s in range(4)}
     assert len(orders) > 1
     assert {frozenset(order[:3]) for order in orders} == {frozenset(min(orders)[:3])}
 
@@ -123,9 +120,7 @@ def test_fault_in_a_worker_stops_the_conversion(birds: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("make_fault", FAULTS)
-def test_fault_is_skipped_counted_and_listed(
-    birds: Path, tmp_path: Path, make_fault: Callable[[Path], str]
-) -> None:
+def test_fault_is_skipped_counted_and_listed(birds: Path, tmp_path: Path, make_fault: Callable[[Path], str]) -> None:
     source, _, reason = make_fault(birds).replace("\\", "").partition(": ")
     manifest = convert(Folder(birds), tmp_path / "out", on_error="skip")
     (entry,) = manifest.extra["skipped"]
@@ -257,9 +252,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        command(*arguments), cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run(command(*arguments), cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
 
 
 def test_command_line_converts_a_folder(birds: Path, tmp_path: Path) -> None:
@@ -312,9 +305,7 @@ def test_terminated_conversion_cleans_up(own_source: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds child processes in /proc")
-def test_killed_conversion_leaves_nothing_that_looks_whole(
-    own_source: Path, tmp_path: Path
-) -> None:
+def test_killed_conversion_leaves_nothing_that_looks_whole(own_source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start_slow_conversion(own_source, out)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -37,9 +37,7 @@ def test_class_folders_are_split_by_seed(birds: Path) -> None:
         "gull/3.webp",
     ]
     splits = {
-        frozenset(
-            i.class_name for i in Folder(birds, seed=seed).listing().items if i.split == "test"
-        )
+        frozenset(i.class_name for i in Folder(birds, seed=seed).listing().items if i.split == "test")
         for seed in range(8)
     }
     assert len(splits) > 1
@@ -76,9 +74,7 @@ def test_written_members_are_jpg_or_png_by_content(birds: Path, tmp_path: Path) 
     assert content["owl/2.png"][:3] == b"\xff\xd8\xff"
     assert content["gull/3.webp"][:4] == b"\x89PNG"
     assert set(content) == {
-        f"{c}/{f}"
-        for c in ("finch", "gull", "owl", "wren")
-        for f in ("0.jpg", "1.JPEG", "2.png", "3.webp")
+        f"{c}/{f}" for c in ("finch", "gull", "owl", "wren") for f in ("0.jpg", "1.JPEG", "2.png", "3.webp")
     }
 
 
@@ -108,9 +104,7 @@ def test_no_class_folders(tmp_path: Path) -> None:
         Folder(tmp_path).listing()
 
 
-@pytest.mark.parametrize(
-    ("names", "got"), [(["train"], "train/"), (["train", "test", "val"], "test/, train/, val/")]
-)
+@pytest.mark.parametrize(("names", "got"), [(["train"], "train/"), (["train", "test", "val"], "test/, train/, val/")])
 def test_half_of_the_splits_or_more(tmp_path: Path, names: list[str], got: str) -> None:
     for name in names:
         picture(tmp_path / name / "owl" / "a.png")

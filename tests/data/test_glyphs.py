@@ -160,9 +160,7 @@ def test_converted_subset(few_fonts: Path, tmp_path: Path) -> None:
     manifest = convert(Glyphs(few_fonts, classes=60, size=32), tmp_path / "out")
     assert {s: c["classes"] for s, c in manifest.splits.items()} == {"train": 30, "test": 30}
     shards = ShardSet.open(tmp_path / "out", verify=True)
-    assert not set(shards.class_id[shards.split_samples("train")]) & set(
-        shards.class_id[shards.split_samples("test")]
-    )
+    assert not set(shards.class_id[shards.split_samples("train")]) & set(shards.class_id[shards.split_samples("test")])
     for row in range(len(shards)):
         picture = pixels(shards.read(row))
         assert picture.shape == (32, 32)
@@ -254,9 +252,7 @@ def test_character_without_ink_is_not_drawn() -> None:
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "fontTools"])
-def test_missing_extra_names_the_installation(
-    few_fonts: Path, monkeypatch: pytest.MonkeyPatch, package: str
-) -> None:
+def test_missing_extra_names_the_installation(few_fonts: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     for name in [package, *(m for m in sys.modules if m.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)  # makes its import fail
     with pytest.raises(InputError, match=rf'needs {package}, .* pip install "gcahng\[glyphs\]"'):

@@ -53,16 +53,12 @@ def test_digest_follows_the_bytes_only(manifest: Manifest, tmp_path: Path) -> No
     assert Manifest.load(tmp_path).digest() != manifest.digest()
 
 
-@pytest.mark.parametrize(
-    ("make", "got"), [(True, "a folder without a manifest"), (False, "no such folder")]
-)
+@pytest.mark.parametrize(("make", "got"), [(True, "a folder without a manifest"), (False, "no such folder")])
 def test_missing_manifest_names_file_and_repair(tmp_path: Path, make: bool, got: str) -> None:
     directory = tmp_path / "shards"
     if make:
         directory.mkdir()
-    with pytest.raises(
-        DataError, match=rf"shards/manifest\.json is missing: .* got {got}.*did not finish.*again"
-    ):
+    with pytest.raises(DataError, match=rf"shards/manifest\.json is missing: .* got {got}.*did not finish.*again"):
         Manifest.load(directory)
 
 
@@ -88,9 +84,7 @@ def test_wrong_version(tmp_path: Path, content: str, got: str) -> None:
         ({"classes": [7]}, r"ClassInfo is malformed: .* got 7"),
     ],
 )
-def test_malformed_entries(
-    manifest: Manifest, tmp_path: Path, changes: dict[str, object], message: str
-) -> None:
+def test_malformed_entries(manifest: Manifest, tmp_path: Path, changes: dict[str, object], message: str) -> None:
     manifest.save(tmp_path)
     damage(tmp_path, **changes)
     with pytest.raises(DataError, match=message):

@@ -163,9 +163,7 @@ def test_cut_shard_is_found_at_open(copied: Path) -> None:
     path = copied / "shard-000001.tar"
     size = path.stat().st_size
     os.truncate(path, 1024)  # at a block boundary: a tar reader sees the regular end of a file
-    with pytest.raises(
-        DataError, match=rf"shard-000001\.tar is cut: expected {size} bytes, got 1024\. Restore"
-    ):
+    with pytest.raises(DataError, match=rf"shard-000001\.tar is cut: expected {size} bytes, got 1024\. Restore"):
         ShardSet.open(copied)
 
 
@@ -223,9 +221,7 @@ def test_damaged_json_member(copied: Path) -> None:
 
 
 def test_unknown_split(written: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"Split 'dev' does not exist: expected .*\['test', 'train'\]"
-    ):
+    with pytest.raises(DataError, match=r"Split 'dev' does not exist: expected .*\['test', 'train'\]"):
         ShardSet.open(written).split_samples("dev")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from run_cases import make_config, make_trainer, read_metrics
+from run_cases import convert_patterns, draw_patterns, make_config, make_trainer, read_metrics
 
 from gcahng.data.shard_reader import ShardSet
 from gcahng.data.shard_writer import Sample, ShardWriter
@@ -242,6 +242,12 @@ def test_what_can_be_evaluated_passes_the_check(shard_set, street_and_shop) -> N
         check_evaluation(street_and_shop, replace(QUERY_GALLERY, ks=(25,)))
 
 
+def test_a_split_of_single_images_has_nothing_to_find(tmp_path) -> None:
+    lonely = ShardSet.open(convert_patterns(draw_patterns(tmp_path / "images", 6, images=1), tmp_path / "shards"))
+    with pytest.raises(DataError, match="No image of split 'test' has another image of its class to find"):
+        check_evaluation(lonely, EvalConfig(ks=(1,)))
+
+
 def test_a_checkpoint_gives_the_metrics_of_its_run(finished_run) -> None:
     for link in ("last", "best"):
         step = int((finished_run.dir / link).readlink().name.removeprefix("step-"))
@@ -252,6 +258,29 @@ def test_a_checkpoint_gives_the_metrics_of_its_run(finished_run) -> None:
             if row["kind"] == "evaluation" and row["split"] == "test" and row["step"] == step
         ]
         assert got == {key: want[key] for key in got}
+
+
+def test_a_run_is_evaluated_in_its_own_precision(shards, tmp_path) -> None:
+    trainer = make_trainer(shards, tmp_path / "run", {"train.precision": "bf16", "train.max_steps_per_epoch": 1})
+    dtypes = set()
+
+    def watch(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        if not module.training:
+            dtypes.add(output.dtype)
+
+    trainer.parts.metric_model.backbone.network.register_forward_hook(watch)
+    results = trainer.run()
+    assert dtypes == {torch.bfloat16}
+    got = evaluate_checkpoint(tmp_path / "run" / "last")
+    assert got == {key: results["last"][key] for key in got}
+
+
+def test_settings_reach_the_embedding(shards, tmp_path) -> None:
+    settings = {"eval.batch_size": 9, "data.num_workers": 3, "train.precision": "bf16", "data.transform.image_size": 12}
+    config = make_config(shards, tmp_path, settings)
+    got = embedding_settings(config, progress_bars=True)
+    want = EmbeddingSettings(got.transform, 9, 3, torch.device("cpu"), torch.bfloat16, progress=True)
+    assert got == want and got.transform.eval_crop == 12
 
 
 def test_a_checkpoint_carries_its_own_settings(finished_run, shards) -> None:

@@ -18,6 +18,7 @@ def test_the_forecast_comes_from_real_steps(shards, tmp_path) -> None:
         return run_step(*batch)
 
     trainer.run_step = watched
+    trainer.parts.metric_model.set_warm_up(True)
     result = forecast(trainer, steps=3)
     assert steps == [False] * 3  # the warm-up would be cheaper than the epochs after it
     assert result.seconds_per_step > 0 and result.load_seconds_per_step > 0
@@ -59,4 +60,5 @@ def test_an_existing_run_is_left_alone(shards, tmp_path) -> None:
         make_trainer(shards, tmp_path / "run", settings)
     result = precheck.forecast(make_trainer(shards, tmp_path / "run", settings | {"train.resume": "auto"}))
     assert result.epochs == 2
+    precheck.forecast(make_trainer(shards, tmp_path / "run", settings, overwrite=True))
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}

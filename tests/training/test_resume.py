@@ -131,12 +131,28 @@ def test_what_a_killed_process_leaves_is_put_right(shards, tmp_path, undisturbed
     assert not list(run.glob("*.partial"))
 
 
+def test_links_that_were_never_set_are_set_after_the_resume(shards, tmp_path) -> None:
+    """Killed between the first checkpoint and its links, with a model that no later epoch makes better."""
+    unmoved = {"optim.metric_model.lr": 1e-12, "model.head": "linear", "model.freeze_batch_norm": True}
+    settings = BASELINE | unmoved | {"train.epochs": 3, "data.validation": 0.25}
+    run = tmp_path / "run"
+    interrupt(make_trainer(shards, run, settings), 3)
+    for name in ("best", "best_test", "last"):
+        (run / name).unlink()
+    train(shards, run, settings | AUTO)
+    links = {name: (run / name).readlink().name for name in ("best", "best_test", "last")}
+    assert links == {"best": "step-2", "best_test": "step-2", "last": "step-6"}
+    assert {p.name for p in run.glob("step-*")} == {"step-2", "step-6"}
+
+
 def test_a_finished_run_stays_as_it_is(shards, tmp_path, undisturbed) -> None:
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run, symlinks=True)
     results = train(shards, run, WHOLE | AUTO)
     assert_same_run(run, undisturbed)
-    assert results["steps"] == 12
+    # Nothing was measured now; what was measured then stays.
+    assert results == json.loads((undisturbed / "results.json").read_text())
+    assert results["steps"] == 12 and results["seconds_per_step"] > 0
 
 
 def test_a_run_may_get_more_epochs_where_no_schedule_depends_on_them(shards, tmp_path) -> None:

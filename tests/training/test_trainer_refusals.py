@@ -1,6 +1,7 @@
 """What a run refuses before it starts, what it replaces only when told to, and where it stops."""
 
 import pytest
+import torch
 from run_cases import assert_same_tensors, make_trainer, read_metrics, saved_tensors, train
 
 from gcahng.errors import ConfigError, DataError, TrainingError
@@ -66,3 +67,17 @@ def test_a_diverged_run_stops_and_names_the_samples(shards, tmp_path) -> None:
         train(shards, tmp_path / "run", settings)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1]
     assert not list((tmp_path / "run").glob("step-*"))
+
+
+def test_only_the_samples_that_are_not_finite_are_named(shards, tmp_path) -> None:
+    trainer = make_trainer(shards, tmp_path / "run", BASELINE)
+    bad = [2, 6]
+
+    def poison(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return output.index_fill(0, torch.tensor(bad), torch.inf)
+
+    trainer.parts.metric_model.register_forward_hook(poison)
+    rows = next(iter(trainer.loader.epoch_iterator(0))).rows
+    keys = ", ".join(trainer.data.shards.key(int(rows[place])) for place in bad)
+    with pytest.raises(TrainingError, match=rf"Step 0: 2 embeddings .* Samples: {keys}\.$"):
+        trainer.run()
