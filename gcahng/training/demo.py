@@ -97,7 +97,10 @@ def _train(paths: DemoPaths, run_dir: Path, overrides: tuple[str, ...]) -> dict[
         f"data.dir={paths.data}",
         *overrides,
     ]
-    status = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+    # Threads of one process wait for each other: a core shared with anything else slows them all many times over, so
+    # half of the cores are left to the loader and to whatever else runs. A setting of the user's wins.
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))} | os.environ
+    status = subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=False).returncode
     if status:
         raise TrainingError(f"Training into {run_dir} failed with status {status}; its message stands above.")
     results: dict[str, Any] = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
