@@ -1,32 +1,31 @@
 """Batch statistics of the edge read-out: those of BatchNorm1d over all B² ordered edges."""
 
+from typing import Any
+
 import pytest
 import torch
 from maths_cases import SIZES, Size, assert_close, batch_of, graph_of, plan_of
 from torch import nn
 
-from gcahng.graph import GraphNetwork, edge_stage
+from gcahng.graph import edge_stage
 from gcahng.graph.blocks import frozen_bias_batch_norm
 from gcahng.graph.edge_stage import dense
 from gcahng.graph.read_out import update_running
 
+SIZE = Size(7, 2, 12, 2, 2)
 
-def last_edges(graph: GraphNetwork, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+
+def last_edges(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Collects the (B², D) edges that enter the read-out of each forward."""
     collected: list[torch.Tensor] = []
     original = edge_stage.read_out
 
-    def watch(edges: list[torch.Tensor], *rest: object) -> list[torch.Tensor]:
-        plan = watch.plan  # type: ignore[attr-defined]
-        collected.append(dense(edges, plan).flatten(0, 1).detach())
-        return original(edges, *rest)  # type: ignore[arg-type]
+    def watch(edges: list[torch.Tensor], *rest: Any) -> list[torch.Tensor]:
+        collected.append(dense(edges, plan_of(SIZE)).flatten(0, 1).detach())
+        return original(edges, *rest)
 
-    watch.plan = plan_of(SIZE)  # type: ignore[attr-defined]
     monkeypatch.setattr(edge_stage, "read_out", watch)
     return collected
-
-
-SIZE = Size(7, 2, 12, 2, 2)
 
 
 def test_statistics_are_those_of_batch_norm_over_all_edges(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +33,7 @@ def test_statistics_are_those_of_batch_norm_over_all_edges(monkeypatch: pytest.M
     graph = graph_of(SIZE)
     twin = nn.BatchNorm1d(SIZE.dim).double()
     twin.weight.data.copy_(graph.edge_norm.weight.data)
-    edges = last_edges(graph, monkeypatch)
+    edges = last_edges(monkeypatch)
     for number in range(3):
         found = graph((1 + number) * z, labels, dropout_key=number, plan=plan_of(SIZE))
         assert edges[number].shape == (SIZE.batch**2, SIZE.dim)

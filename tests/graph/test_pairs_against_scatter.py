@@ -122,6 +122,29 @@ def test_coefficients_without_gradient_keep_their_values(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["pairs", "scatter"])
+def test_the_metric_pass_keeps_nothing_of_the_last_edge_block(backend: str) -> None:
+    size = Size(5, 2, 8, 1, 2)
+    z, labels = batch_of(size)
+    graph = graph_of(size, backend=backend)
+
+    def hidden_layers_kept(*, coefficient_gradient: bool) -> int:
+        """Tensors of edges, four times as wide as an edge, that wait for the backward pass."""
+        shapes: list[torch.Size] = []
+
+        def note(kept: torch.Tensor) -> torch.Tensor:
+            shapes.append(kept.shape)
+            return kept
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
+            graph(z, labels, dropout_key=1, coefficient_gradient=coefficient_gradient)
+        wide = [s for s in shapes if len(s) > 1 and s[-1] == 4 * size.dim]
+        return sum(s.numel() > 10 * 4 * size.dim for s in wide)
+
+    assert hidden_layers_kept(coefficient_gradient=True) > 0
+    assert hidden_layers_kept(coefficient_gradient=False) == 0
+
+
+@pytest.mark.parametrize("backend", ["pairs", "scatter"])
 def test_nodes_alone_when_no_coefficients_are_needed(backend: str) -> None:
     size = Size(4, 2, 8, 2, 2)
     z, labels = batch_of(size)

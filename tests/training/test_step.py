@@ -6,7 +6,7 @@ import pytest
 import torch
 from generation_loops import diversity, similarity, synthetic_loss, synthetic_negatives
 from maths_cases import assert_close
-from step_cases import Case, averages_of, run
+from step_cases import Case, NotingBackend, averages_of, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -200,8 +200,8 @@ def test_duplicate_images_are_finite() -> None:
     assert all(torch.isfinite(v).all() for v in backend.snapshot().values())
 
 
-def untouched(backend: object, before: dict[str, Tensor]) -> bool:
-    after = backend.snapshot()  # type: ignore[attr-defined]
+def untouched(backend: NotingBackend, before: dict[str, Tensor]) -> bool:
+    after = backend.snapshot()
     return all(torch.equal(before[name], after[name]) for name in before)
 
 
