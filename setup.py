@@ -37,13 +37,9 @@ setup(
         "glyphs": GLYPHS,
         # Neighbour pictures.
         "pictures": PICTURES,
-        # Training through DeepSpeed.
-        "deepspeed": ["deepspeed>=0.19.4"],
         # The plain edge-list graph on its usual kernels; compiles against the installed torch, so
         # install it with --no-build-isolation (tools/build_scatter.sh keeps the wheel).
         "scatter": ["torch_scatter>=2.1"],
-        # Metrics for a Prometheus server.
-        "prometheus": ["prometheus-client>=0.20"],
         # `make test`.
         "test": [
             "pytest>=8.0",

@@ -27,6 +27,10 @@ class BatchLayout:
 
 def check_labels(labels: Tensor, num_rows: int, name: str = "labels") -> None:
     """Raise InputError unless `labels` is a one-dimensional integer tensor with `num_rows` entries."""
+    if not isinstance(labels, Tensor):
+        raise InputError(
+            f"`{name}` must be a tensor of class numbers: got {type(labels).__name__}. Use torch.as_tensor."
+        )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise InputError(
             f"`{name}` must hold integer class numbers: expected int64, got {labels.dtype}. "
@@ -40,11 +44,29 @@ def check_labels(labels: Tensor, num_rows: int, name: str = "labels") -> None:
 
 
 def check_embeddings(embeddings: Tensor, name: str = "embeddings") -> None:
-    """Raise InputError unless `embeddings` is a floating (B, D) tensor."""
+    """Raise InputError unless `embeddings` is a floating (B, D) tensor of finite numbers."""
+    if not isinstance(embeddings, Tensor):
+        raise InputError(f"`{name}` must be a tensor: got {type(embeddings).__name__}.")
     if embeddings.dim() != 2 or not embeddings.is_floating_point():
         raise InputError(
             f"`{name}` must be a floating tensor of shape (B, D): got {embeddings.dtype} "
             f"of shape {tuple(embeddings.shape)}."
+        )
+    finite = torch.isfinite(embeddings.detach()).all(1)
+    if not bool(finite.all()):
+        bad = torch.nonzero(~finite)[:, 0].tolist()
+        raise InputError(
+            f"`{name}` must be finite: {len(bad)} of {embeddings.shape[0]} embeddings are not, the first at position "
+            f"{bad[0]}. Check the images, or lower the learning rate."
+        )
+
+
+def check_same_width(first: Tensor, second: Tensor, first_name: str, second_name: str) -> None:
+    """Raise InputError unless two (rows, D) tensors have the same D."""
+    if first.shape[1] != second.shape[1]:
+        raise InputError(
+            f"`{second_name}` must have as many channels as `{first_name}`: expected {first.shape[1]}, "
+            f"got {second.shape[1]}."
         )
 
 

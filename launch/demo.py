@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from gcahng.training.demo import DemoPaths, run_demo
+from gcahng.training.demo import NUM_CLASSES, DemoPaths, run_demo
 from launch.cli import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -11,19 +11,26 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line's options."""
-    parser = argparse.ArgumentParser(prog="launch/demo.py", description="Baseline against GCA-HNG.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, default=DemoPaths.data, help="shard folder")
-    parser.add_argument("--runs", type=Path, default=DemoPaths.runs, help="folder for the runs")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.demo",
+        description="Draw a data set of characters, train a metric-loss baseline and GCA-HNG on it, compare them on "
+        "characters that neither has seen.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of both runs")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yaml", help="YAML file of both runs")
+    parser.add_argument("--data", type=Path, default=DemoPaths.data, help="shard folder, made if absent")
+    parser.add_argument("--runs", type=Path, default=DemoPaths.runs, help="folder for the runs and the picture")
+    parser.add_argument("--classes", type=int, default=NUM_CLASSES, help="characters, half of them for training")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="setting of both runs")
     return parser.parse_intermixed_args(arguments)
 
 
 def main() -> int:
     """Run the command; returns the exit status."""
     options = parse()
-    paths = DemoPaths(ROOT / "configs" / "demo.yaml", ROOT / "launch" / "train.py", options.data, options.runs)
-    run_demo(paths, options.seed, tuple(options.overrides))
+    paths = DemoPaths(options.config, ROOT / "launch" / "train.py", options.data, options.runs)
+    run_demo(paths, options.seed, options.overrides, num_classes=options.classes)
     return 0
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gcahng.errors import InputError
-from gcahng.layout import check_embeddings, group_major
+from gcahng.layout import check_embeddings, check_labels, check_same_width, group_major
 
 
 def test_a_group_major_batch_keeps_its_order() -> None:
@@ -78,3 +78,24 @@ def test_embeddings_that_are_no_float_matrix() -> None:
     for wrong in (torch.ones(2), torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.int64)):
         with pytest.raises(InputError, match=r"`gallery` must be a floating tensor of shape"):
             check_embeddings(wrong, "gallery")
+
+
+def test_what_is_no_tensor() -> None:
+    with pytest.raises(InputError, match=r"`labels` must be a tensor of class numbers: got list\. Use torch.as_tensor"):
+        check_labels([0, 1], 2)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"`embeddings` must be a tensor: got list"):
+        check_embeddings([[0.0]])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_embeddings_that_are_not_finite(bad: float) -> None:
+    z = torch.zeros(4, 3)
+    z[1, 2] = z[3, 0] = bad
+    with pytest.raises(InputError, match="`z` must be finite: 2 of 4 embeddings are not, the first at position 1"):
+        check_embeddings(z, "z")
+
+
+def test_embeddings_of_another_width() -> None:
+    check_same_width(torch.zeros(2, 3), torch.zeros(5, 3), "query", "gallery")
+    with pytest.raises(InputError, match="`gallery` must have as many channels as `query`: expected 3, got 4"):
+        check_same_width(torch.zeros(2, 3), torch.zeros(5, 4), "query", "gallery")

@@ -16,12 +16,13 @@ from gcahng.graph.precision import linear
 def unit_centred(z: Tensor) -> Tensor:
     """Embeddings (B, D) centred over their channels and scaled to unit length.
 
-    The length is floored at 1e-12; a constant embedding becomes zero with zero gradient (the released code divides
-    0 by 0 there).
+    An embedding that is constant but for rounding (length at most 1e-12, or a few roundings of its own length) becomes
+    zero with zero gradient; the released code divides 0, or noise, by 0 there.
     """
     centred = z - z.mean(1, keepdim=True)
     length = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
-    usable = length > 1e-12
+    rounding = 4 * torch.finfo(z.dtype).eps * torch.linalg.vector_norm(z.detach(), dim=1, keepdim=True)
+    usable = length > rounding.clamp_min(1e-12)
     return torch.where(usable, centred / torch.where(usable, length, torch.ones_like(length)), 0.0)
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from gcahng.graph.blocks import EdgeBlock, NodeBlock
 from gcahng.graph.dropout import EdgeDropout
+from gcahng.graph.edge_stage import unit_centred
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +107,8 @@ def edge_update(
 
 def initial_edges(z: Tensor, row: Tensor, column: Tensor) -> Tensor:
     """x_i * x_j / (|x_i| |x_j|) for the listed pairs, x the channel-centred embeddings: (E, D)."""
-    centred = z - z.mean(1, keepdim=True)
-    length = torch.linalg.vector_norm(centred, dim=1).clamp_min(1e-12)
-    return centred[row] * centred[column] / (length[row] * length[column])[:, None]
+    unit = unit_centred(z)
+    return unit[row] * unit[column]
 
 
 def propagate(

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gcahng.errors import InputError
-from gcahng.layout import check_embeddings, check_labels, group_major
+from gcahng.layout import check_embeddings, check_labels, check_same_width, group_major
 
 # The weight of the squared embedding lengths, 0.02-scale in Sohn's paper; this is the released code's value.
 LENGTH_WEIGHT = 3e-3 * 0.25
@@ -44,6 +44,7 @@ class NPairPlusLoss(nn.Module):
         if candidate_labels is None:
             raise InputError("`candidate_labels` is missing: expected (C,) labels beside `candidates`.")
         check_embeddings(candidates, "candidates")
+        check_same_width(embeddings, candidates, "embeddings", "candidates")
         check_labels(candidate_labels, candidates.shape[0], "candidate_labels")
         layout = group_major(candidate_labels)
         groups = candidates[layout.order].view(layout.num_samples, layout.num_classes, -1)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gcahng.errors import InputError
-from gcahng.layout import check_embeddings, check_labels
+from gcahng.layout import check_embeddings, check_labels, check_same_width
 
 
 class ProxyAnchorLoss(nn.Module):
@@ -50,6 +50,9 @@ class ProxyAnchorLoss(nn.Module):
         check_labels(labels, embeddings.shape[0])
         if candidates is not None or candidate_labels is not None:
             raise InputError("`candidates` must be None: ProxyAnchorLoss compares embeddings with its proxies.")
+        check_same_width(self.proxies, embeddings, "proxies", "embeddings")
+        if not embeddings.shape[0]:
+            raise InputError("`embeddings` is empty: expected at least one sample.")
         num_classes = self.proxies.shape[0]
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise InputError(

@@ -41,10 +41,20 @@ def _group_major_rows(z: Tensor, synthetic: Tensor, labels: Tensor | None) -> tu
             f"`synthetic` must have shape (B, P, D) with B, D = {tuple(z.shape)}: got {tuple(synthetic.shape)}."
         )
     if labels is None:
+        if z.shape[0] % synthetic.shape[1]:
+            raise InputError(
+                f"`synthetic` must have one column per class: {z.shape[0]} samples are no multiple of "
+                f"{synthetic.shape[1]} classes."
+            )
         return z, synthetic
     check_labels(labels, z.shape[0])
-    order = group_major(labels).order
-    return z[order], synthetic[order]
+    layout = group_major(labels)
+    if layout.num_classes != synthetic.shape[1]:
+        raise InputError(
+            f"`synthetic` must have one column per class of `labels`: expected {layout.num_classes}, "
+            f"got {synthetic.shape[1]}."
+        )
+    return z[layout.order], synthetic[layout.order]
 
 
 def _own_class(synthetic: Tensor) -> Tensor:

@@ -8,14 +8,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gcahng.data.convert import convert
 from gcahng.data.glyphs import Glyphs
-from gcahng.data.manifest import MANIFEST_NAME
+from gcahng.data.manifest import MANIFEST_NAME, Manifest
 from gcahng.errors import ConfigError, TrainingError
+from gcahng.training.config import load_config
 from gcahng.training.neighbours import draw_neighbours
 from gcahng.training.results import metric_columns
 
@@ -24,6 +26,9 @@ IMAGE_SIZE = 32
 DATA_SEED = 0
 BASELINE = ("graph.enabled=false", "generation.enabled=false")
 SYSTEMS = {"baseline": ("metric loss alone (N-pair+)", BASELINE), "gca_hng": ("GCA-HNG", ())}
+# What the two runs are to differ in, and what the demonstration finds them by.
+_OWN_SETTINGS = ("seed", "data.dir", "run.dir", "graph.enabled", "generation.enabled")
+_DATA_OPTIONS = ("classes", "size", "min_faces", "test_share", "identical")
 
 
 @dataclass(frozen=True)
@@ -43,39 +48,29 @@ class DemoPaths:
     runs: Path = Path("runs/demo")
 
 
-def run_demo(paths: DemoPaths, seed: int = 0, overrides: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+def run_demo(
+    paths: DemoPaths, seed: int = 0, overrides: Sequence[str] = (), *, num_classes: int = NUM_CLASSES
+) -> dict[str, dict[str, Any]]:
     """Convert, train both systems, evaluate, print the table, draw the picture.
 
     Args:
         paths: Where things are.
         seed: Of both runs.
         overrides: `section.key=value` for both runs.
+        num_classes: Characters in the data set, half of them for training.
     Returns:
         `results.json` of each system.
     Raises:
-        InputError: Something is missing; TrainingError: a run failed.
+        InputError: Something is missing, or a setting cannot be used; nothing has been written.
+        TrainingError: A run failed.
     """
-    for path in (paths.config, paths.train_command):
-        if not path.is_file():
-            raise ConfigError(f"`{path}` is missing. Run the demo from the project folder.")
-    if not (paths.data / MANIFEST_NAME).is_file():
-        print(f"Drawing {NUM_CLASSES} characters and writing tar shards to {paths.data} ...", flush=True)
-        # Faces that draw a character alike would make some queries trivial.
-        source = Glyphs(seed=DATA_SEED, classes=NUM_CLASSES, size=IMAGE_SIZE, identical="drop")
-        # A killed attempt leaves a partial folder, which overwrite replaces.
-        convert(
-            source,
-            paths.data,
-            seed=DATA_SEED,
-            workers=os.cpu_count() or 1,
-            overwrite=True,
-            progress=True,
-        )
+    _check(paths, overrides)
+    prepare_data(paths.data, num_classes)
     results = {}
     for name, (title, settings) in SYSTEMS.items():
         run_dir = paths.runs / f"seed-{seed}" / name
         print(f"Training {title}, seed {seed} ...", flush=True)
-        results[name] = _train(paths, run_dir, (f"seed={seed}", *settings, *overrides))
+        results[name] = _train(paths, run_dir, (*overrides, f"seed={seed}", *settings))
     picture = draw_neighbours(
         paths.runs / f"seed-{seed}" / "gca_hng" / "last",
         paths.runs / f"seed-{seed}" / "neighbours.png",
@@ -86,6 +81,55 @@ def run_demo(paths: DemoPaths, seed: int = 0, overrides: tuple[str, ...] = ()) -
     return results
 
 
+def _check(paths: DemoPaths, overrides: Sequence[str]) -> None:
+    """Find what would fail after minutes of work before it begins."""
+    for what, path in (("configuration", paths.config), ("training command", paths.train_command)):
+        if not path.is_file():
+            raise ConfigError(
+                f"The demonstration's {what} `{path}` is missing: expected a file. Run it from a checkout of the "
+                "project, or name the file with --config."
+            )
+    own = [text for text in overrides if text.partition("=")[0].strip() in _OWN_SETTINGS]
+    if own:
+        raise ConfigError(
+            f"The demonstration sets {', '.join(_OWN_SETTINGS)} itself: got {', '.join(own)}. "
+            "Use --seed, --data and --runs, or launch/train.py for a run of your own."
+        )
+    ks = load_config(paths.config, overrides).eval.ks
+    if 1 not in ks:
+        raise ConfigError(f"`eval.ks` must hold 1, which the demonstration's table shows: got {list(ks)}. Add it.")
+
+
+def prepare_data(folder: Path, num_classes: int = NUM_CLASSES) -> None:
+    """Make the data set of the demonstration, unless `folder` holds it already.
+
+    Characters that were drawn with other options are replaced.
+
+    Args:
+        folder: Shard folder.
+        num_classes: Characters, half of them for training.
+    Raises:
+        ConfigError: The folder holds another data set.
+        InputError: It holds a damaged one, or the fonts have fewer characters.
+    """
+    # Faces that draw a character alike would make some queries trivial.
+    source = Glyphs(seed=DATA_SEED, classes=num_classes, size=IMAGE_SIZE, identical="drop")
+    if (folder / MANIFEST_NAME).is_file():
+        found = Manifest.load(folder)
+        if found.source != source.name:
+            raise ConfigError(
+                f"`{folder}` holds a data set of source {found.source!r}: expected {source.name!r} or an empty "
+                "folder, since the demonstration would replace it. Name another folder with --data."
+            )
+        wanted = {name: getattr(source, name) for name in _DATA_OPTIONS}
+        if (found.seed, found.extra.get("options")) == (DATA_SEED, wanted):
+            return
+        print(f"{folder} was made with other options and is replaced.", flush=True)
+    print(f"Drawing {num_classes} characters and writing tar shards to {folder} ...", flush=True)
+    # A killed attempt leaves a partial folder, which overwrite replaces.
+    convert(source, folder, seed=DATA_SEED, workers=os.cpu_count() or 1, overwrite=True, progress=True)
+
+
 def _train(paths: DemoPaths, run_dir: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     command = [
         sys.executable,
@@ -93,9 +137,9 @@ def _train(paths: DemoPaths, run_dir: Path, overrides: tuple[str, ...]) -> dict[
         "--config",
         str(paths.config),
         "--overwrite",
-        f"run.dir={run_dir}",
-        f"data.dir={paths.data}",
         *overrides,
+        f"run.dir={_quoted(run_dir)}",
+        f"data.dir={_quoted(paths.data)}",
     ]
     # Threads of one process wait for each other: a core shared with anything else slows them all many times over, so
     # half of the cores are left to the loader and to whatever else runs. A setting of the user's wins.
@@ -105,6 +149,11 @@ def _train(paths: DemoPaths, run_dir: Path, overrides: tuple[str, ...]) -> dict[
         raise TrainingError(f"Training into {run_dir} failed with status {status}; its message stands above.")
     results: dict[str, Any] = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
     return results
+
+
+def _quoted(path: Path) -> str:
+    """A path as YAML text, whatever letters it has."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def demo_table(results: dict[str, dict[str, Any]]) -> str:

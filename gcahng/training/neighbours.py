@@ -1,10 +1,10 @@
 """The picture of a checkpoint: test queries with their nearest neighbours."""
 
-import io
 from pathlib import Path
 
 from PIL import Image
 
+from gcahng.data.decode import decode_image
 from gcahng.data.shard_reader import ShardSet
 from gcahng.metrics import retrieval
 from gcahng.training.evaluate_checkpoint import embedding_settings, load_metric_model
@@ -22,18 +22,24 @@ def draw_neighbours(
         path: The PNG.
         title: Drawn on top.
         num_worst, num_typical: Queries to show, by MAP@R.
-        num_neighbours: Neighbours of each.
+        num_neighbours: Neighbours of each; fewer where the split has fewer other images.
+    Returns:
+        `path`.
+    Raises:
+        InputError: The checkpoint or its data set cannot be used, or an image is unreadable.
     """
     model, config = load_metric_model(checkpoint)
     shards = ShardSet.open(config.data.dir)
     rows = shards.split_samples(config.eval.split)
     embeddings, labels = embed_rows(model, shards, rows, embedding_settings(config))
+    num_neighbours = min(num_neighbours, len(rows) - 1)  # all others of a small split
     result = retrieval(embeddings, labels, ks=(1,), num_neighbours=num_neighbours)
     assert result.neighbours is not None
     unit = embeddings / embeddings.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
     def image(index: int) -> Image.Image:
-        return Image.open(io.BytesIO(shards.read(int(rows[index]))), formats=("JPEG", "PNG")).convert("RGB")
+        row = int(rows[index])
+        return decode_image(shards.read(row), name=f"Sample {shards.key(row)} of {config.data.dir}")
 
     def name(index: int) -> str:
         return shards.classes[int(labels[index])].name

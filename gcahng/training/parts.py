@@ -108,7 +108,8 @@ def build_metric_loss(config: LossConfig, num_classes: int, embedding_dim: int) 
 def _seeded(seed: int, name: str, make: Callable[[], nn.Module]) -> nn.Module:
     """Build a part with initial weights of its own stream: adding a part leaves the others alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_key(seed, "weights", name) >> 1)
+        # The CPU's generator alone: modules are built there, and CUDA's generators stay as they are.
+        torch.default_generator.manual_seed(stream_key(seed, "weights", name) >> 1)
         return make()
 
 

@@ -1,8 +1,11 @@
 """`--check`: try a configuration before it waits in a queue."""
 
+import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gcahng.data.loader import Batch
 from gcahng.training.memory import peak_memory_bytes
 from gcahng.training.trainer import Trainer
 
@@ -12,8 +15,8 @@ class Forecast:
     """What a run will cost, from real steps on this machine.
 
     Attributes:
-        seconds_per_step: Of the last measured step, loading left out.
-        load_seconds_per_step: Waiting for the batch.
+        seconds_per_step: Median of the measured steps, loading left out.
+        load_seconds_per_step: Waiting for the next batch, in the steady state.
         steps_per_epoch: Iterations of an epoch.
         epochs: Of the whole run.
         peak_memory_bytes: Peak so far: resident memory on the CPU, allocated memory on CUDA.
@@ -35,6 +38,7 @@ class Forecast:
         """The forecast for a person."""
         losses = ", ".join(f"{name} {value:.4g}" for name, value in self.losses.items())
         return (
+            "configuration, data and steps are fine\n"
             f"one step: {self.seconds_per_step:.3f} s, waiting for data {self.load_seconds_per_step:.3f} s\n"
             f"one epoch: {self.steps_per_epoch} steps, about {_duration(self.epoch_seconds)}; "
             f"{self.epochs} epochs: about {_duration(self.epochs * self.epoch_seconds)} without evaluation\n"
@@ -44,7 +48,10 @@ class Forecast:
 
 
 def forecast(trainer: Trainer, steps: int = 3) -> Forecast:
-    """Run a few real steps and predict time and memory; writes nothing.
+    """Load some batches, run a few real steps, and predict time and memory; writes nothing.
+
+    Loading and computing are timed apart, since worker processes load while a step computes: what an epoch waits for
+    is the slower of the two, in its steady state and not in the first batches that were loaded ahead.
 
     Args:
         trainer: Freshly built; its weights move, so throw it away afterwards.
@@ -52,29 +59,45 @@ def forecast(trainer: Trainer, steps: int = 3) -> Forecast:
     """
     # Epoch 0 may train the head alone; the forecast is for the epochs after the warm-up.
     trainer.parts.metric_model.set_warm_up(False)
-    batches = trainer.loader.epoch_iterator(0)
-    planned = len(batches)
+    workers = trainer.config.data.num_workers
+    epoch = trainer.loader.epoch_iterator(0)
     limit = trainer.config.train.max_steps_per_epoch
+    batches, load_seconds = _load(iter(epoch), workers, steps)
+    seconds: list[float] = []
     report: dict[str, float] = {}
-    step_seconds = load_seconds = 0.0
-    started = time.perf_counter()
-    for number, batch in enumerate(batches, 1):
-        loaded = time.perf_counter()
+    for batch in batches:
+        started = time.perf_counter()
         moved = batch.to(trainer.device)
         values = trainer.run_step(moved.images, moved.labels, moved.rows)
         report = {name: float(value) for name, value in values.items()}
-        step_seconds, load_seconds = time.perf_counter() - loaded, loaded - started
-        if number >= steps:
-            break
-        started = time.perf_counter()
+        seconds.append(time.perf_counter() - started)
+    step_seconds = statistics.median(seconds[1:] or seconds)
     return Forecast(
         seconds_per_step=step_seconds,
-        load_seconds_per_step=load_seconds,
-        steps_per_epoch=planned if limit is None else min(limit, planned),
+        load_seconds_per_step=max(0.0, load_seconds - step_seconds) if workers else load_seconds,
+        steps_per_epoch=len(epoch) if limit is None else min(limit, len(epoch)),
         epochs=trainer.config.train.epochs,
         peak_memory_bytes=peak_memory_bytes(trainer.device),
         losses=report,
     )
+
+
+def _load(batches: Iterator[Batch], workers: int, keep: int) -> tuple[list[Batch], float]:
+    """The first `keep` batches, and the steady seconds between two batches when nobody computes in between.
+
+    The first batch of every worker comes after its start, so as many batches as workers go untimed.
+    """
+    untimed, timed = max(1, workers), 2 * max(1, workers)
+    kept: list[Batch] = []
+    arrivals = [time.perf_counter()]
+    for number, batch in enumerate(batches, 1):
+        arrivals.append(time.perf_counter())
+        if len(kept) < keep:
+            kept.append(batch)
+        if number >= max(untimed + timed, keep):
+            break
+    first = min(untimed, len(arrivals) - 2)
+    return kept, (arrivals[-1] - arrivals[first]) / (len(arrivals) - 1 - first)
 
 
 def _duration(seconds: float) -> str:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from gcahng.data.transforms import normalise
 from gcahng.errors import ConfigError, TrainingError
+from gcahng.random import stream_key
 from gcahng.training import checkpoint
 from gcahng.training.averages import EpochAverages
 from gcahng.training.config import Config, resolved_yaml
@@ -141,6 +142,9 @@ class Trainer:
 
     def run_step(self, images: Tensor, labels: Tensor, rows: Tensor) -> dict[str, Tensor]:
         inputs = normalise(images, self.data.transform)
+        # Dropout or stochastic depth inside a backbone draws from torch's generators: make them, too, a function of
+        # the step, so that a resumed run draws what the undisturbed one would have.
+        torch.manual_seed(stream_key(self.config.seed, "model", self.progress.step) >> 1)
         try:
             return self.step(inputs, labels, self.averages, step=self.progress.step)
         except NonFiniteEmbedding as error:

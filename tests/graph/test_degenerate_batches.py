@@ -54,6 +54,20 @@ def test_a_constant_embedding_has_zero_edges_and_no_gradient_through_them() -> N
     assert bool((gradient[[0, 1, 2, 4]].abs().amax(1) > 0).all())
 
 
+@pytest.mark.parametrize("value", [0.3, -1e4, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_of_the_mean_is_no_signal(value: float, dtype: torch.dtype) -> None:
+    # 512 times 0.3 in float32: the mean misses 0.3 by 3e-8, which scaled to unit length would be all there is.
+    z = torch.randn(3, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
+    z[1] = value
+    unit = unit_centred(z)
+    assert float(unit[1].abs().max()) == 0
+    torch.testing.assert_close(unit[[0, 2]].norm(dim=1), torch.ones(2, dtype=dtype))
+    # A small signal on a large offset is one.
+    z[1, :256] += 1e-3 * abs(value)
+    assert float(unit_centred(z)[1].norm()) == pytest.approx(1, rel=1e-5)
+
+
 def test_backends_agree_on_a_constant_embedding() -> None:
     z, labels = batch_of(SIZE)
     z[3] = 2.0

@@ -150,6 +150,10 @@ def test_arguments_that_do_not_fit() -> None:
         loss(z, labels, z.long(), labels)
     with pytest.raises(InputError, match=r"`candidate_labels` must have one entry per embedding"):
         loss(z, labels, z, labels[:3])
+    with pytest.raises(InputError, match="`candidates` must have as many channels as `embeddings`: expected 4, got 3"):
+        loss(z, labels, z[:, :3], labels)
+    with pytest.raises(InputError, match="`embeddings` must be finite: 1 of 4"):
+        loss(z.index_fill(0, torch.tensor([2]), float("nan")), labels)
     with pytest.raises(InputError, match=r"class of every anchor: missing \[99\]"):
         loss(z, torch.where(labels == labels[0], 99, labels), z, labels)
     with pytest.raises(InputError, match=r"`labels` is empty"):

@@ -129,6 +129,10 @@ def test_arguments_that_do_not_fit() -> None:
         loss(z, labels, z, labels)
     with pytest.raises(InputError, match="`labels` must have one entry per embedding"):
         loss(z, labels[:3])
+    with pytest.raises(InputError, match="`embeddings` must have as many channels as `proxies`: expected 6, got 5"):
+        loss(z[:, :5], labels)
+    with pytest.raises(InputError, match="`embeddings` is empty: expected at least one sample"):
+        loss(z[:0], labels[:0])
     with pytest.raises(InputError, match="integer class numbers"):
         loss(z, labels.double())
     with pytest.raises(InputError, match="`embeddings` must be a floating tensor"):

@@ -112,6 +112,16 @@ def test_tables_that_do_not_fit(function: object) -> None:
         function(z, torch.zeros(4, 2, 3), torch.tensor([0, 0, 0, 1]))
 
 
+@pytest.mark.parametrize("function", [synthetic_n_pair_loss, similarity_loss])
+def test_tables_with_another_number_of_classes(function: object) -> None:
+    assert callable(function)
+    z = torch.zeros(4, 3)
+    with pytest.raises(InputError, match="one column per class: 4 samples are no multiple of 3 classes"):
+        function(z, torch.zeros(4, 3, 3))
+    with pytest.raises(InputError, match="one column per class of `labels`: expected 2, got 4"):
+        function(z, torch.zeros(4, 4, 3), torch.tensor([0, 1, 0, 1]))
+
+
 def test_duplicate_images_are_finite() -> None:
     z = torch.zeros(4, 3, requires_grad=True)
     synthetic = torch.zeros(4, 2, 3, requires_grad=True)
