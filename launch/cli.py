@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 from gcahng.errors import InputError, TrainingError
 
+INPUT_FAULT = 2
+"""Exit status for input that can be repaired."""
+
 
 def run(main: Callable[[], int]) -> None:
     """Run `main` and exit with its status: 2 for input that can be repaired, 1 for a run that diverged."""
@@ -14,7 +17,7 @@ def run(main: Callable[[], int]) -> None:
         status = main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = 2
+        status = INPUT_FAULT
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1

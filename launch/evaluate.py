@@ -9,8 +9,11 @@ import json
 from pathlib import Path
 
 from gcahng.errors import ConfigError
+from gcahng.training.checkpoint import CONFIG
+from gcahng.training.config import load_config
 from gcahng.training.evaluate_checkpoint import evaluate_checkpoint
 from gcahng.training.results import metric_columns
+from gcahng.training.trainer import SELECTION_NOTE
 from launch.cli import run
 
 
@@ -28,18 +31,47 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
+def chosen_path(options: argparse.Namespace) -> Path:
+    """The checkpoint that the options mean.
+
+    Raises:
+        ConfigError: The run has no such checkpoint, or `--checkpoint` names a run folder.
+    """
+    if options.checkpoint is not None:
+        checkpoint: Path = options.checkpoint
+        if (checkpoint / "last").exists():
+            raise ConfigError(f"`--checkpoint` {checkpoint} is a run folder, no checkpoint: use --run {checkpoint}.")
+        return checkpoint
+    path: Path = options.run / options.which
+    last = options.run / "last" / CONFIG
+    if not path.exists() and last.is_file():
+        if options.which == "best" and not load_config(last).data.validation:
+            raise ConfigError(
+                f"`--run` {options.run}: this run has no `best`: it trained without data.validation; use --which last "
+                "or best_test."
+            )
+        raise ConfigError(
+            f"`--run` {options.run}: this run has no `{options.which}`: no epoch was evaluated yet; use --which last."
+        )
+    return path
+
+
 def main() -> int:
     """Run the command; returns the exit status."""
     options = parse()
-    path = options.checkpoint or options.run / options.which
+    path = chosen_path(options)
     if options.json is not None and not options.json.parent.is_dir():
         raise ConfigError(f"`--json` {options.json}: the folder does not exist. Create it first.")
     overrides = list(options.overrides)
     if options.data is not None:
         overrides.append(f"data.dir={json.dumps(options.data, ensure_ascii=False)}")
     row = evaluate_checkpoint(path, overrides, progress_bars=not options.quiet)
+    if "best_test" in (path.name, path.parent.name):  # the link, or a file in it
+        row["note"] = SELECTION_NOTE
     print("  ".join(f"{name} {value:.2f}" for name, value in metric_columns(row).items()))
     print(f"{row['num_queries']} queries, {row['num_without_reference']} without a reference")
+    if "note" in row:
+        print(row["note"])
     if options.json is not None:
         options.json.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     return 0

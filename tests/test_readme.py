@@ -36,3 +36,7 @@ def test_the_tree_and_the_commands_name_what_exists() -> None:
 def test_it_opens_with_the_two_commands() -> None:
     head = "\n".join(README.splitlines()[:12])
     assert "make demo" in head and "make test" in head
+
+
+def test_no_placeholder_is_left() -> None:
+    assert re.findall(r"(?<![A-Z_])[A-Z]{3,}_[A-Z]+", README.replace("OMP_NUM_THREADS", "")) == []

@@ -26,6 +26,8 @@ class Embedder(nn.Module):
             them in training too. Their affine weights are trained all the same, after the warm-up.
         freeze_patch_embed: Never train the patch embedding of a vision transformer.
 
+    Backbone parameters that do not require gradients when they come in are never trained.
+
     Attributes:
         backbone: See above.
         head: BatchNorm1d (`norm`) and Linear (`linear`), or Linear alone.
@@ -64,7 +66,9 @@ class Embedder(nn.Module):
         self.pooling = pooling
         self.head = _build_head(backbone.num_features, embedding_dim, head, head_init)
         self._frozen_norms = self._norms_to_freeze() if freeze_batch_norm else []
-        self._frozen_parameters = self._patch_parameters() if freeze_patch_embed else set()
+        self._trained_parameters = {name for name, p in backbone.named_parameters() if p.requires_grad}
+        if freeze_patch_embed:
+            self._trained_parameters -= self._patch_parameters()
         self.warm_up = False
         self.set_warm_up(False)
         self.train()
@@ -92,14 +96,14 @@ class Embedder(nn.Module):
         return _at_least_float32(self.head(pooled))
 
     def set_warm_up(self, active: bool) -> None:
-        """Train the head alone (`active`), or everything but a frozen patch embedding.
+        """Train the head alone (`active`), or everything but what is frozen for good.
 
         BatchNorm statistics that are not frozen go on being updated during the warm-up, as in the
         released code.
         """
         self.warm_up = active
         for name, parameter in self.backbone.named_parameters():
-            parameter.requires_grad_(not active and name not in self._frozen_parameters)
+            parameter.requires_grad_(not active and name in self._trained_parameters)
             if not parameter.requires_grad:
                 # An optimiser moves whatever still has a gradient.
                 parameter.grad = None

@@ -1,5 +1,7 @@
 """Evaluate a saved metric model on any converted data set."""
 
+import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from gcahng.models import Embedder
 from gcahng.training import checkpoint
 from gcahng.training.config import Config, load_config
 from gcahng.training.data_setup import image_transform
-from gcahng.training.evaluation import EmbeddingSettings, as_row, evaluate
+from gcahng.training.evaluation import EmbeddingSettings, as_row, check_evaluation, evaluate
 from gcahng.training.parts import build_metric_model, choose_device
+
+log = logging.getLogger(__name__)
 
 
 def load_metric_model(path: Path, overrides: Sequence[str] = ()) -> tuple[Embedder, Config]:
@@ -27,28 +31,45 @@ def load_metric_model(path: Path, overrides: Sequence[str] = ()) -> tuple[Embedd
     """
     folder = checkpoint.find_checkpoint(path)
     checkpoint.verify(folder)
-    config = load_config(folder / checkpoint.CONFIG, overrides)
+    config = _evaluation_config(folder / checkpoint.CONFIG, overrides)
     model = build_metric_model(config.model, load_weights=False)
     checkpoint.load_module(model, folder, "metric_model")
     return model.to(choose_device(config.train.device)).eval(), config
 
 
+def _evaluation_config(file: Path, overrides: Sequence[str]) -> Config:
+    """The configuration, where fp16 and a CPU go together: that rule is for training, embedding falls back."""
+    device = load_config(file, [*overrides, "train.precision=fp32"]).train.device
+    config = load_config(file, [*overrides, "train.device=auto"])
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, device=device))
+
+
 def embedding_settings(config: Config, *, progress_bars: bool = False) -> EmbeddingSettings:
-    """How a run's configuration turns images into embeddings."""
+    """How a run's configuration turns images into embeddings; fp32 in place of fp16 where there is no CUDA."""
+    device = choose_device(config.train.device)
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
+    if dtype is torch.float16 and device.type != "cuda":
+        log.info("Embedding in fp32: train.precision fp16 needs CUDA, the device is %s.", device.type)
+        dtype = None
     return EmbeddingSettings(
         image_transform(config.data.transform),
         config.eval.batch_size,
         config.data.num_workers,
-        choose_device(config.train.device),
+        device,
         dtype,
         progress_bars,
     )
 
 
 def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), *, progress_bars: bool = False) -> dict[str, Any]:
-    """Metrics of a checkpoint as a row (see `gcahng.training.evaluation.as_row`)."""
+    """Metrics of a checkpoint as a row (see `gcahng.training.evaluation.as_row`).
+
+    Raises:
+        ConfigError: There is no checkpoint, it does not fit, or a k exceeds what a query can find.
+        DataError: Checkpoint or data are damaged, or the split cannot be evaluated.
+    """
     model, config = load_metric_model(path, overrides)
     shards = ShardSet.open(config.data.dir)
+    check_evaluation(shards, config.eval)
     settings = embedding_settings(config, progress_bars=progress_bars)
     return as_row(evaluate(model, shards, config.eval, settings))

@@ -59,13 +59,14 @@ def embed_rows(
         transform=settings.transform,
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
+        pin_memory=settings.device.type == "cuda",
     )
     embeddings, labels = [], []
     try:
         for images, class_ids, batch_rows in tqdm(
             loader, desc="embed", unit="batch", leave=False, disable=not settings.progress
         ):
-            inputs = normalise(images.to(settings.device), settings.transform)
+            inputs = normalise(images.to(settings.device, non_blocking=True), settings.transform)
             enabled = settings.matmul_dtype is not None
             with torch.autocast(settings.device.type, dtype=settings.matmul_dtype, enabled=enabled):
                 z = model(inputs).float().cpu()
@@ -92,7 +93,7 @@ def evaluate(
     rows: NDArray[np.int64] | None = None,
     num_neighbours: int = 0,
 ) -> RetrievalResult:
-    """Retrieval metrics of a split (or of the given rows, by self-retrieval).
+    """Retrieval metrics of a split (or of the given rows, by self-retrieval), ranked on the model's device.
 
     Args:
         config: Protocol, split and ks.
@@ -101,12 +102,12 @@ def evaluate(
     """
     if rows is not None or config.protocol == "self":
         chosen = shards.split_samples(config.split) if rows is None else rows
-        query, labels = embed_rows(model, shards, chosen, settings)
+        query, labels = _embed_on_device(model, shards, chosen, settings)
         ks = usable_ks(config.ks, len(query) - 1) if rows is not None else config.ks
         return retrieval(query, labels, ks=ks, chunk_size=config.chunk_size, num_neighbours=num_neighbours)
     gallery_rows = _gallery_rows(shards, config)
-    query, labels = embed_rows(model, shards, shards.split_samples(config.split), settings)
-    gallery, gallery_labels = embed_rows(model, shards, gallery_rows, settings)
+    query, labels = _embed_on_device(model, shards, shards.split_samples(config.split), settings)
+    gallery, gallery_labels = _embed_on_device(model, shards, gallery_rows, settings)
     return retrieval(
         query,
         labels,
@@ -116,6 +117,14 @@ def evaluate(
         chunk_size=config.chunk_size,
         num_neighbours=num_neighbours,
     )
+
+
+def _embed_on_device(
+    model: Embedder, shards: ShardSet, rows: NDArray[np.int64], settings: EmbeddingSettings
+) -> tuple[Tensor, Tensor]:
+    """`embed_rows`, moved to where the model is: only all of them together need the memory there."""
+    embeddings, labels = embed_rows(model, shards, rows, settings)
+    return embeddings.to(settings.device), labels.to(settings.device)
 
 
 def check_evaluation(shards: ShardSet, config: EvalConfig) -> None:
@@ -151,6 +160,12 @@ def _gallery_rows(shards: ShardSet, config: EvalConfig) -> NDArray[np.int64]:
 def usable_ks(ks: tuple[int, ...], candidates: int) -> tuple[int, ...]:
     """The ks that a small validation set can answer; always at least k = 1."""
     return tuple(k for k in ks if k <= candidates) or (1,)
+
+
+def recall_at_1(result: RetrievalResult) -> float:
+    """Share of the answerable queries whose nearest item is of their class, whatever ks were asked for."""
+    first_hit = result.first_hit_rank[result.num_references > 0]
+    return float((first_hit == 1).to(torch.float64).mean())
 
 
 def as_row(result: RetrievalResult) -> dict[str, Any]:

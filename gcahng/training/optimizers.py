@@ -1,5 +1,6 @@
 """Optimisers and schedules of the parts, the pass gate, clipping by value."""
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from gcahng.components import load_component
+from gcahng.errors import ConfigError
 from gcahng.graph import GraphNetwork
 from gcahng.training.config_schema import OptimizerConfig, ScheduleConfig
 
@@ -80,8 +82,32 @@ def _make(settings: OptimizerConfig, groups: Iterable[dict[str, Any]]) -> Optimi
         return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    return _make_own(settings, groups)
+
+
+def _make_own(settings: OptimizerConfig, groups: Iterable[dict[str, Any]]) -> Optimizer:
+    """The optimiser that a dotted path names; momentum goes to those that take it by name."""
     factory = load_component(settings.name)
-    optimizer: Optimizer = factory(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    arguments: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    try:
+        takes_momentum = "momentum" in inspect.signature(factory).parameters
+        if takes_momentum:
+            arguments["momentum"] = settings.momentum
+        optimizer = factory(groups, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"`optim.*.name` {settings.name} cannot be made from parameter groups and {', '.join(arguments)}: {error}. "
+            "Name a torch optimiser whose constructor takes these."
+        ) from error
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            f"`optim.*.name` must make a torch.optim.Optimizer: {settings.name} made {type(optimizer).__name__}."
+        )
+    if settings.momentum and not takes_momentum:
+        raise ConfigError(
+            f"`optim.*.momentum` is {settings.momentum}, but the constructor of {settings.name} has no `momentum`. "
+            "Set it to 0, or name an optimiser that has one."
+        )
     return optimizer
 
 

@@ -20,14 +20,14 @@ def results_text(results: Mapping[str, Any], run_dir: str) -> str:
     names = {
         "last": "last",
         "best_validation": "best by validation",
-        "best_test": "best by test (as the papers choose)",
+        "best_test": "best by test R@1, as the papers choose",
     }
     for key, title in names.items():
         row = results.get(key)
         if row is None:
             continue
         shown = "  ".join(f"{name} {value:.1f}" for name, value in metric_columns(row).items())
-        lines.append(f"{title:36} epoch {row['epoch']:3}  {row['split']}: {shown}")
+        lines.append(f"{title:39} epoch {row['epoch']:3}  {row['split']}: {shown}")
     seconds = results["seconds_per_step"]
     if seconds is not None:
         lines.append(

@@ -1,17 +1,37 @@
 """What must be unchanged for a run to go on from a checkpoint."""
 
-import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from gcahng.errors import ConfigError
 from gcahng.training.checkpoint import CONFIG
-from gcahng.training.config import Config, load_config
+from gcahng.training.config import Config, load_config, resolved_yaml
+from gcahng.training.config_load import walk_settings
+from gcahng.training.config_types import show
 from gcahng.training.data_setup import RunData
 from gcahng.training.parts import OPTIMIZER_OF
+
+# What a resumed run may have otherwise: none of it moves a weight. The data is compared by its manifest, not by its
+# folder; `train.epochs` is free where no schedule depends on it.
+FREE = frozenset(
+    {
+        "data.dir",
+        "data.num_workers",
+        "train.device",
+        "train.epochs",
+        "train.keep_last",
+        "train.log_every",
+        "train.resume",
+        "run.dir",
+    }
+)
+FREE_SECTION = "eval."
 
 
 def class_digest(data: RunData) -> str:
@@ -36,36 +56,39 @@ def check_resumable(
         config: Of this run.
         parts: Names of the parts that have an optimiser.
     Raises:
-        ConfigError: Data or training classes differ, or a setting differs that the saved state would override.
+        ConfigError: Data, settings or training classes differ; the message lists every differing setting.
     """
     if saved_data["manifest"] != data["manifest"]:
         raise ConfigError(
             f"`train.resume`: {folder} was trained on other data than `{config.data.dir}` (the manifests differ). "
             "Restore the data, or start a new run with train.init_from."
         )
-    if saved_data["classes"] != data["classes"]:
-        raise ConfigError(
-            f"`train.resume`: {folder} was trained on other classes of `{config.data.dir}` "
-            f"({saved_data['num_classes']}, now {data['num_classes']}). Set seed, data.validation and "
-            "data.small_classes back, or start a new run with train.init_from."
-        )
-    changed = _overridden_settings(load_config(folder / CONFIG), config, parts)
+    changed = _changed_settings(load_config(folder / CONFIG), config, parts)
     if changed:
         raise ConfigError(
-            f"`train.resume`: optimisers and schedules go on as {folder} saved them, but the configuration says "
-            f"otherwise: {'; '.join(changed)}. Set these back, or start a new run with train.init_from."
+            f"`train.resume`: {folder} belongs to another experiment: {'; '.join(changed)}. Set these back, or start "
+            "a new run with train.init_from."
+        )
+    if saved_data["classes"] != data["classes"]:  # with the same settings: another version drew them
+        raise ConfigError(
+            f"`train.resume`: {folder} was trained on other classes of `{config.data.dir}` "
+            f"({saved_data['num_classes']}, now {data['num_classes']}). Start a new run with train.init_from."
         )
 
 
-def _overridden_settings(saved: Config, now: Config, parts: Iterable[str]) -> list[str]:
-    """Settings that the saved states of optimisers and schedules would silently override."""
-    changed, cosine = [], False
-    for name in sorted({OPTIMIZER_OF[part] for part in parts}):
-        before, after = (dataclasses.asdict(getattr(c.optim, name)) for c in (saved, now))
-        for key, value in before.items():
-            if after[key] != value:
-                changed.append(f"optim.{name}.{key} was {value}, is {after[key]}")
-        cosine |= after["schedule"]["name"] == "cosine"
-    if cosine and saved.train.epochs != now.train.epochs:
-        changed.append(f"train.epochs was {saved.train.epochs}, is {now.train.epochs} (cosine schedules end with it)")
+def _changed_settings(saved: Config, now: Config, parts: Iterable[str]) -> list[str]:
+    """Every setting that differs and matters, with both values."""
+    # As YAML holds them: a tuple made in Python comes back from the file as a list.
+    before, after = (yaml.safe_load(resolved_yaml(config)) for config in (saved, now))
+    sections = {OPTIMIZER_OF[part] for part in parts}
+    cosine = any(getattr(now.optim, name).schedule.name == "cosine" for name in sections)
+    changed = []
+    for key, _, _ in walk_settings():
+        old, new = (functools.reduce(lambda tree, name: tree[name], key.split("."), tree) for tree in (before, after))
+        if old == new:
+            continue
+        if key == "train.epochs" and cosine:
+            changed.append(f"{key} was {show(old)}, is {show(new)} (cosine schedules end with it)")
+        elif key not in FREE and not key.startswith(FREE_SECTION):
+            changed.append(f"{key} was {show(old)}, is {show(new)}")
     return changed

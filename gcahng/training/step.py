@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gcahng.errors import TrainingError
+from gcahng.errors import InputError, TrainingError
 from gcahng.generation.block_losses import (
     coefficient_row_sums,
     coefficient_spread,
@@ -106,8 +106,10 @@ class TrainingStep:
         Returns:
             Detached losses and weights by name.
         Raises:
+            InputError: The labels are not group-major.
             TrainingError: An embedding, a loss or a gradient is not finite; no parameter has moved in that phase.
         """
+        self._require_group_major(labels)
         plan = class_major_plan(labels.numel() // self.settings.num_samples, self.settings.num_samples, images.device)
         rule = Interpolation(self.settings.alpha, averages.metric_loss, self.settings.normalised_distance)
 
@@ -255,6 +257,15 @@ class TrainingStep:
             )
         self.backend.backward(loss)
         self.backend.step(names, reach)
+
+    def _require_group_major(self, labels: Tensor) -> None:
+        num_samples = self.settings.num_samples
+        groups = labels.view(num_samples, -1) if labels.numel() % num_samples == 0 else None
+        if groups is None or not bool((groups == groups[0]).all()) or groups[0].unique().numel() != groups.shape[1]:
+            raise InputError(
+                f"`labels` must be group-major: expected {num_samples} groups of the same distinct classes in the same "
+                f"order, got {labels[:12].tolist()}... Reorder the batch with `gcahng.layout.group_major(labels).order`."
+            )
 
     def _require_finite_rows(self, z: Tensor, images: Tensor) -> None:
         finite = torch.isfinite(z.detach()).all(1)

@@ -25,7 +25,8 @@ from gcahng.training import checkpoint
 from gcahng.training.averages import EpochAverages
 from gcahng.training.config import Config, resolved_yaml
 from gcahng.training.data_setup import RunData, build_train_loader, open_data
-from gcahng.training.evaluation import EmbeddingSettings, as_row, check_evaluation, evaluate
+from gcahng.training.evaluate_checkpoint import embedding_settings
+from gcahng.training.evaluation import as_row, check_evaluation, evaluate, recall_at_1
 from gcahng.training.memory import peak_memory_bytes
 from gcahng.training.parts import build_modules, build_parts, build_step, choose_device
 from gcahng.training.resume import check_resumable, class_digest
@@ -46,7 +47,8 @@ class Progress:
         epoch: Epochs finished.
         step: Iterations finished.
         skipped: Unreadable images replaced so far.
-        best: Best evaluation row by "validation" and "test" MAP@R.
+        best: Best evaluation row by split: "validation" by MAP@R, "test" by R@1 (method section 7) and then MAP@R.
+        scores: What the best rows were chosen by: [MAP@R], or [R@1, MAP@R].
         last: Newest evaluation rows by split.
     """
 
@@ -54,6 +56,7 @@ class Progress:
     step: int = 0
     skipped: int = 0
     best: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scores: dict[str, list[float]] = field(default_factory=dict)
     last: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -98,14 +101,15 @@ class Trainer:
         (self.run_dir / checkpoint.CONFIG).write_text(resolved_yaml(self.config), encoding="utf-8")
         resumed = self.progress.step if self._resume_from is not None else None
         with RunLog(self.run_dir, from_step=resumed) as run_log:
+            if resumed is not None and self.progress.last.get("test", {}).get("epoch") != self.progress.epoch:
+                self._evaluate_and_save(run_log)  # the run ended in this evaluation
             for epoch in range(self.progress.epoch, self.config.train.epochs):
                 self._train_epoch(epoch, run_log)
                 self.averages.end_epoch()
                 for schedule in self.parts.schedules.values():
                     schedule.step()
                 self.progress.epoch = epoch + 1
-                self._evaluate_if_due(run_log)
-                self._save()
+                self._evaluate_and_save(run_log)
         return self._finish()
 
     def _train_epoch(self, epoch: int, run_log: RunLog) -> None:
@@ -161,32 +165,40 @@ class Trainer:
         values["data_seconds"] = statistics.mean(waited for _, waited in recent)
         run_log.write("step", self.progress.step, {"epoch": epoch} | values)
 
-    def _evaluate_if_due(self, run_log: RunLog) -> None:
-        """Evaluate after this epoch if it is time, and note what is best so far."""
+    def _evaluate_and_save(self, run_log: RunLog) -> None:
+        """Evaluate the finished epoch if it is time, and save it, whatever becomes of the evaluation."""
         every, epoch = self.config.eval.every_epochs, self.progress.epoch
-        if epoch % every and epoch != self.config.train.epochs:
-            return
-        settings = EmbeddingSettings(
-            self.data.transform,
-            self.config.eval.batch_size,
-            self.config.data.num_workers,
-            self.device,
-            self.backend.matmul_dtype,
-            self.bars,
-        )
+        if epoch % every == 0 or epoch == self.config.train.epochs:
+            try:
+                self._evaluate(run_log)
+            except BaseException:
+                # The epoch is not lost to an unreadable test image or Ctrl-C: a resume evaluates it first. Older
+                # checkpoints stay too, since this one may hold a model that diverged.
+                self._save(keep_all=True)
+                raise
+        self._save()
+
+    def _evaluate(self, run_log: RunLog) -> None:
+        """Evaluate all splits, then log them and note what is best so far."""
+        settings = embedding_settings(self.config, progress_bars=self.bars)
         splits: dict[str, Any] = {"test": None}
         if self.data.validation_rows.size:
             splits["validation"] = self.data.validation_rows
-        for split, rows in splits.items():
-            result = evaluate(self.parts.metric_model, self.data.shards, self.config.eval, settings, rows=rows)
-            row = {"epoch": epoch, "split": split} | as_row(result)
+        model, shards = self.parts.metric_model, self.data.shards
+        # No row before all are there: a failure in between must leave nothing that a resume would log again.
+        results = {s: evaluate(model, shards, self.config.eval, settings, rows=rows) for s, rows in splits.items()}
+        for split, result in results.items():
+            row = {"epoch": self.progress.epoch, "split": split} | as_row(result)
             run_log.write("evaluation", self.progress.step, row)
             self.progress.last[split] = row
-            best = self.progress.best.get(split)
-            if best is None or row["map_at_r"] > best["map_at_r"]:
+            score = [row["map_at_r"]]
+            if split == "test":
+                score.insert(0, row.get("recall_at_1", recall_at_1(result)))
+            if split not in self.progress.scores or score > self.progress.scores[split]:
+                self.progress.scores[split] = score
                 self.progress.best[split] = row | {"step": self.progress.step}
 
-    def _save(self) -> None:
+    def _save(self, *, keep_all: bool = False) -> None:
         folder = checkpoint.save_checkpoint(
             self.run_dir,
             self.progress.step,
@@ -202,7 +214,8 @@ class Trainer:
             best = self.progress.best.get(split)
             if best is not None and (folder := self.run_dir / f"step-{best['step']}").is_dir():
                 checkpoint.point(self.run_dir, link, folder)
-        checkpoint.prune(self.run_dir, self.config.train.keep_last)
+        if not keep_all:
+            checkpoint.prune(self.run_dir, self.config.train.keep_last)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -275,7 +288,8 @@ class Trainer:
         path = self.run_dir / RESULTS_FILE
         if not self._seconds and path.is_file():  # resumed after its end: keep what was measured then
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return found
+            if found["steps"] == self.progress.step:
+                return found
         steady = [total for total, _ in self._seconds[len(self._seconds) // 10 :]]
         best_test = self.progress.best.get("test")
         results = {
