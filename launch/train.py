@@ -51,9 +51,8 @@ def as_launched(config: Config, environment: Mapping[str, str]) -> Config:
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("", "no", config.train.precision):
         raise ConfigError(
-            f"`train.precision` is {config.train.precision}, but accelerate was told {precision} (--mixed_precision or "
-            f"ACCELERATE_MIXED_PRECISION). Launch with --mixed_precision no, or set train.precision={precision} if "
-            "that is a choice."
+            f"`train.precision` is {config.train.precision}, but accelerate was told {precision} "
+            "(ACCELERATE_MIXED_PRECISION). Launch with --mixed_precision no, or make the two agree."
         )
     return config
 

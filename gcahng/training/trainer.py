@@ -101,8 +101,8 @@ class Trainer:
         (self.run_dir / checkpoint.CONFIG).write_text(resolved_yaml(self.config), encoding="utf-8")
         resumed = self.progress.step if self._resume_from is not None else None
         with RunLog(self.run_dir, from_step=resumed) as run_log:
-            if resumed is not None and self.progress.last.get("test", {}).get("epoch") != self.progress.epoch:
-                self._evaluate_and_save(run_log)  # the run ended in this evaluation
+            if resumed is not None and self._evaluation_is_due():  # the run ended in it
+                self._evaluate_and_save(run_log)
             for epoch in range(self.progress.epoch, self.config.train.epochs):
                 self._train_epoch(epoch, run_log)
                 self.averages.end_epoch()
@@ -167,8 +167,7 @@ class Trainer:
 
     def _evaluate_and_save(self, run_log: RunLog) -> None:
         """Evaluate the finished epoch if it is time, and save it, whatever becomes of the evaluation."""
-        every, epoch = self.config.eval.every_epochs, self.progress.epoch
-        if epoch % every == 0 or epoch == self.config.train.epochs:
+        if self._evaluation_is_due():
             try:
                 self._evaluate(run_log)
             except BaseException:
@@ -177,6 +176,11 @@ class Trainer:
                 self._save(keep_all=True)
                 raise
         self._save()
+
+    def _evaluation_is_due(self) -> bool:
+        epoch = self.progress.epoch
+        done = self.progress.last.get("test", {}).get("epoch") == epoch
+        return not done and (epoch % self.config.eval.every_epochs == 0 or epoch == self.config.train.epochs)
 
     def _evaluate(self, run_log: RunLog) -> None:
         """Evaluate all splits, then log them and note what is best so far."""
@@ -188,12 +192,12 @@ class Trainer:
         # No row before all are there: a failure in between must leave nothing that a resume would log again.
         results = {s: evaluate(model, shards, self.config.eval, settings, rows=rows) for s, rows in splits.items()}
         for split, result in results.items():
-            row = {"epoch": self.progress.epoch, "split": split} | as_row(result)
+            row: dict[str, Any] = {"epoch": self.progress.epoch, "split": split} | as_row(result)
             run_log.write("evaluation", self.progress.step, row)
             self.progress.last[split] = row
-            score = [row["map_at_r"]]
+            score: list[float] = [row["map_at_r"]]
             if split == "test":
-                score.insert(0, row.get("recall_at_1", recall_at_1(result)))
+                score.insert(0, recall_at_1(result))
             if split not in self.progress.scores or score > self.progress.scores[split]:
                 self.progress.scores[split] = score
                 self.progress.best[split] = row | {"step": self.progress.step}

@@ -9,6 +9,7 @@ import pytest
 from run_cases import convert_patterns, draw_patterns, read_metrics, train
 
 from gcahng.training.evaluate_checkpoint import evaluate_checkpoint
+from gcahng.training.trainer import SELECTION_NOTE
 
 ROOT = Path(__file__).parents[2]
 # What a row of metrics.jsonl holds beside the metrics.
@@ -58,7 +59,32 @@ def test_a_run_gives_the_numbers_it_logged(process, run_dir, tmp_path) -> None:
 @pytest.mark.parametrize("which", ["best", "best_test", "last"])
 def test_which_checkpoint_of_the_run(command_line, run_dir, which: str) -> None:
     ended = command_line("evaluate.py", "--run", run_dir, "--which", which, "--quiet")
-    assert ended.status == 0 and ended.out == shown(logged(run_dir, which))
+    note = f"{SELECTION_NOTE}\n" if which == "best_test" else ""
+    assert ended.status == 0 and ended.out == shown(logged(run_dir, which)) + note
+
+
+@pytest.mark.parametrize("place", ["--run", "link", "file"])
+def test_what_was_chosen_on_the_test_classes_is_marked(command_line, run_dir, tmp_path, place: str) -> None:
+    link = run_dir / "best_test"
+    source = {
+        "--run": ("--run", run_dir, "--which", "best_test"),
+        "link": ("--checkpoint", link),
+        "file": ("--checkpoint", link / "metric_model.safetensors"),
+    }[place]
+    ended = command_line("evaluate.py", *source, "--quiet", "--json", tmp_path / "row.json")
+    assert ended.status == 0 and ended.out.splitlines()[-1].startswith("chosen on the test classes")
+    assert json.loads((tmp_path / "row.json").read_text()) == logged(run_dir, "best_test") | {"note": SELECTION_NOTE}
+
+
+def test_a_checkpoint_that_the_run_never_had(command_line, launch_shards, tmp_path) -> None:
+    train(launch_shards, tmp_path / "run", {"train.max_steps_per_epoch": 1})
+    ended = command_line("evaluate.py", "--run", tmp_path / "run", "--which", "best")
+    assert ended.status == 2
+    assert "this run has no `best`: it trained without data.validation; use --which last or best_test" in ended.err
+    (tmp_path / "run" / "best_test").unlink()
+    ended = command_line("evaluate.py", "--run", tmp_path / "run", "--which", "best_test")
+    assert ended.status == 2
+    assert "this run has no `best_test`: no epoch was evaluated yet; use --which last." in ended.err
 
 
 def file_in(run_dir: Path) -> Path:
@@ -114,7 +140,8 @@ def test_what_cannot_be_evaluated(command_line, run_dir, launch_shards, tmp_path
         (("--checkpoint", launch_shards / "manifest.json"), "is no checkpoint"),
         (("--checkpoint", broken(run_dir, tmp_path)), "metric_model.safetensors is damaged"),
         (("--run", run_dir, "--data", tmp_path), "manifest.json is missing"),
-        (("--run", run_dir, "eval.ks=[50]"), "`ks` must"),
+        (("--run", run_dir, "eval.ks=[50]"), "`eval.ks` must not exceed"),
+        (("--checkpoint", run_dir), f"`--checkpoint` {run_dir} is a run folder, no checkpoint: use --run {run_dir}."),
         (("--run", run_dir, "eval.split=dev"), "Split 'dev' does not exist"),
         (("--run", run_dir, "model.embedding_dim=4"), "does not fit part `metric_model`"),
         (("--run", run_dir, "eval.kss=[1]"), "eval.kss (command line): unknown key; did you mean `eval.ks`"),

@@ -19,7 +19,8 @@ SHORT = ("train.max_steps_per_epoch=2", "--quiet")
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("WORLD_SIZE", "RANK", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_plain_python_and_accelerate_launch_train_alike(process, config_file, tmp_path) -> None:
@@ -79,7 +80,7 @@ def test_check_tries_the_run_and_writes_nothing(command_line, config_file, tmp_p
     ended = command_line("train.py", "--config", config_file, "--check", "train.epochs=9")
     assert ended.status == 0, ended.err
     lines = [line.split(":")[0] for line in ended.out.splitlines()]
-    assert lines == ["one step", "one epoch", "peak memory", "losses"]
+    assert lines == ["configuration, data and steps are fine", "one step", "one epoch", "peak memory", "losses"]
     assert "one epoch: 5 steps, about" in ended.out and "; 9 epochs: about" in ended.out
     assert sorted(tmp_path.iterdir()) == before
 
@@ -137,6 +138,8 @@ def test_an_existing_run_needs_resume_or_overwrite(command_line, config_file) ->
     assert command_line("train.py", *arguments).status == 0
     again = command_line("train.py", *arguments)
     assert again.status == 2 and "already holds a run" in again.err and "--overwrite" in again.err
+    overwritten = command_line("train.py", *arguments, "--overwrite", "train.resume=auto", "seed=8")
+    assert overwritten.status == 0, overwritten.err
     assert command_line("train.py", *arguments, "--overwrite").status == 0
     assert command_line("train.py", *arguments, "train.resume=auto").status == 0
 
@@ -147,6 +150,37 @@ def test_several_processes_are_refused(command_line, config_file, tmp_path, monk
     assert ended.status == 2
     assert "one process: got WORLD_SIZE=2. Launch it with `accelerate launch --num_processes 1`." in ended.err
     assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert command_line("train.py", "--config", config_file).err == ended.err
+    monkeypatch.setenv("RANK", "1")
+    other = command_line("train.py", "--config", config_file)
+    assert other.status == 2 and other.out == other.err == ""
+
+
+def test_the_cpu_that_accelerate_asks_for_is_used(command_line, config_file, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    auto = command_line("train.py", "--config", config_file, *SHORT, "train.device=auto")
+    assert auto.status == 0, auto.err
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]["device"] == "cpu"
+    cuda = command_line("train.py", "--config", config_file, *SHORT, "train.device=cuda")
+    assert cuda.status == 2 and "`train.device` is cuda, but accelerate was told to use the CPU" in cuda.err
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
+    again = f"run.dir={tmp_path}/again"
+    assert command_line("train.py", "--config", config_file, *SHORT, "train.device=auto", again).status == 0
+    assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["train"]["device"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("asked", "ours", "fits"),
+    [("no", "bf16", True), ("bf16", "bf16", True), ("bf16", "fp32", False), ("fp16", "bf16", False)],
+)
+def test_the_precision_that_accelerate_asks_for_must_be_ours(
+    command_line, config_file, monkeypatch, asked: str, ours: str, fits: bool
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    ended = command_line("train.py", "--config", config_file, *SHORT, f"train.precision={ours}")
+    assert ended.status == (0 if fits else 2), ended.err
+    assert fits or f"`train.precision` is {ours}, but accelerate was told {asked}" in ended.err
 
 
 def test_a_run_that_diverges_ends_with_status_one(command_line, config_file) -> None:
@@ -172,6 +206,7 @@ def test_help_explains_every_setting(command_line) -> None:
     assert settings_help() in ended.out
     for option in ("--config", "--check", "--overwrite", "--quiet", "section.key=value"):
         assert option in ended.out
+    assert "starts anew whatever train.resume says" in " ".join(ended.out.split())
 
 
 @pytest.mark.parametrize("arguments", [[], ["--config"], ["--config", "x", "--chekc"]])

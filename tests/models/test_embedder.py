@@ -1,4 +1,5 @@
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -193,3 +194,21 @@ def test_own_head_sees_all_of_build_embedder():
     )
     assert (model.pooling, model.embedding_dim, model.backbone.num_features) == ("max", 5, 8)
     assert isinstance(build_backbone("small_conv"), Backbone)
+
+
+@pytest.mark.parametrize("freeze_patch_embed", [False, True])
+def test_what_an_own_backbone_froze_stays_frozen(freeze_patch_embed):
+    layers = {"stem": nn.Conv2d(3, 4, 1), "patch_embed": nn.Conv2d(4, 4, 1), "last": nn.Conv2d(4, 5, 1)}
+    layers["stem"].requires_grad_(False)
+    backbone = Backbone(nn.Sequential(OrderedDict(layers)), num_features=5)
+    model = Embedder(backbone, 4, freeze_patch_embed=freeze_patch_embed)
+
+    def trained():
+        return [name for name, layer in layers.items() if all(p.requires_grad for p in layer.parameters())]
+
+    want = ["last"] if freeze_patch_embed else ["patch_embed", "last"]
+    assert trained() == want
+    model.set_warm_up(True)
+    assert trained() == []
+    model.set_warm_up(False)
+    assert trained() == want

@@ -360,8 +360,9 @@ def test_published_weights_are_not_needed_once_there_is_a_checkpoint(shards, tmp
     settings = SETTINGS | {"model.weights": f"{tmp_path}/gone.safetensors"}
     with pytest.raises(ConfigError, match="gone.safetensors` does not exist"):
         make_trainer(shards, tmp_path / "run", settings)
-    make_trainer(shards, tmp_path / "run", settings | {"train.init_from": str(source_run / "last")})
-    make_trainer(shards, tmp_path / "run", settings | {"train.resume": str(source_run / "last")})
+    started = settings | {"train.init_from": str(source_run / "last")}
+    train(shards, tmp_path / "run", started)
+    make_trainer(shards, tmp_path / "run", started | {"train.resume": "auto"})
 
 
 def test_a_start_from_nowhere_or_from_damage_is_refused(shards, tmp_path, source_run) -> None:

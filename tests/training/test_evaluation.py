@@ -1,6 +1,7 @@
 """Evaluating a split: every image once and in order, the protocols, what cannot be evaluated."""
 
 import io
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,15 @@ from gcahng.metrics import retrieval
 from gcahng.models import Embedder
 from gcahng.training.config import EvalConfig
 from gcahng.training.evaluate_checkpoint import embedding_settings, evaluate_checkpoint, load_metric_model
-from gcahng.training.evaluation import EmbeddingSettings, as_row, check_evaluation, embed_rows, evaluate, usable_ks
+from gcahng.training.evaluation import (
+    EmbeddingSettings,
+    as_row,
+    check_evaluation,
+    embed_rows,
+    evaluate,
+    recall_at_1,
+    usable_ks,
+)
 from gcahng.training.parts import build_metric_model
 
 SETTINGS = {"model.backbone_args": {"widths": [4]}}
@@ -95,6 +104,14 @@ def test_given_rows_are_ranked_among_themselves(shard_set, model, settings) -> N
     want = retrieval(*embed_rows(model, shard_set, rows, settings), ks=(1, 17), num_neighbours=3)
     assert as_row(result) == as_row(want)
     assert torch.equal(result.neighbours, want.neighbours)
+
+
+def test_recall_at_1_needs_no_k_of_1(street_and_shop, model, settings) -> None:
+    """Queries without a reference are left out, as in every other mean."""
+    result = evaluate(model, street_and_shop, QUERY_GALLERY, settings)
+    without = evaluate(model, street_and_shop, replace(QUERY_GALLERY, ks=(3,)), settings)
+    assert result.num_without_reference > 0
+    assert recall_at_1(without) == recall_at_1(result) == result.recall_at_k[1]
 
 
 @pytest.mark.parametrize(
@@ -177,10 +194,14 @@ def test_validation_classes_are_no_training_classes(shards, shard_set, tmp_path)
 
 
 def test_best_is_the_highest_validation_score_of_all_epochs(shards, tmp_path, monkeypatch) -> None:
-    """The scores are given, so that the second epoch is best and the last is not."""
+    """The scores are given, so that the second epoch is best and the last is not.
+
+    By test it is the third: R@1 decides, as in the papers, then MAP@R, then the earlier epoch.
+    """
     from gcahng.training import trainer as module
 
-    scores = {"test": [0.1, 0.2, 0.3, 0.25], "validation": [0.5, 0.7, 0.7, 0.6]}
+    scores = {"test": [0.9, 0.2, 0.3, 0.3], "validation": [0.5, 0.7, 0.7, 0.6]}
+    test_recalls = [0.1, 0.6, 0.6, 0.6]
     original = module.as_row
 
     def scored(result: object) -> dict[str, object]:
@@ -189,6 +210,7 @@ def test_best_is_the_highest_validation_score_of_all_epochs(shards, tmp_path, mo
         return row | {"map_at_r": scores[split].pop(0)}
 
     monkeypatch.setattr(module, "as_row", scored)
+    monkeypatch.setattr(module, "recall_at_1", lambda result: test_recalls.pop(0))
     settings = {"train.epochs": 4, "train.max_steps_per_epoch": 1, "data.validation": 0.375}
     results = make_trainer(shards, tmp_path / "run", settings).run()
     assert results["best_validation"]["epoch"] == 2 and results["best_validation"]["map_at_r"] == 0.7
@@ -275,6 +297,28 @@ def test_a_run_is_evaluated_in_its_own_precision(shards, tmp_path) -> None:
     assert got == {key: results["last"][key] for key in got}
 
 
+def test_an_fp16_run_is_evaluated_in_fp32_without_cuda(finished_run, shards, tmp_path, caplog) -> None:
+    """Its configuration says cpu, which training in fp16 refuses."""
+    caplog.set_level(logging.INFO)
+    got = evaluate_checkpoint(finished_run.dir / "last", ["train.precision=fp16"])
+    assert got == evaluate_checkpoint(finished_run.dir / "last")
+    lines = [record.message for record in caplog.records if "fp16" in record.message]
+    assert lines == ["Embedding in fp32: train.precision fp16 needs CUDA, the device is cpu."]
+    config = load_metric_model(finished_run.dir / "last", ["train.precision=fp16"])[1]
+    assert (config.train.precision, config.train.device) == ("fp16", "cpu")
+    with pytest.raises(ConfigError, match="train.precision .command line.: must be one of fp32, bf16, fp16"):
+        load_metric_model(finished_run.dir / "last", ["train.precision=fp17"])
+
+
+def test_a_checkpoint_is_checked_before_anything_is_embedded(finished_run, monkeypatch) -> None:
+    def unexpected(*args: object, **options: object) -> None:
+        raise AssertionError("embedded")
+
+    monkeypatch.setattr("gcahng.training.evaluation.embed_rows", unexpected)
+    with pytest.raises(ConfigError, match=r"`eval.ks` must not exceed .* at most 47, got 50"):
+        evaluate_checkpoint(finished_run.dir / "last", ["eval.ks=[1,50]"])
+
+
 def test_settings_reach_the_embedding(shards, tmp_path) -> None:
     settings = {"eval.batch_size": 9, "data.num_workers": 3, "train.precision": "bf16", "data.transform.image_size": 12}
     config = make_config(shards, tmp_path, settings)
@@ -300,3 +344,23 @@ def test_cuda_embeds_like_the_cpu(shard_set, model, settings, dtype) -> None:
     got, _ = embed_rows(model.to(cuda), shard_set, rows, replace(settings, device=cuda, matmul_dtype=dtype))
     assert got.device.type == "cpu"
     assert (got - want).norm() / want.norm() < 2e-2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_ranking_runs_where_the_model_is(shard_set, street_and_shop, model, settings, monkeypatch) -> None:
+    from gcahng.training import evaluation as module
+
+    devices = []
+
+    def watched(*tensors: torch.Tensor, **options: object) -> object:
+        devices.extend(tensor.device.type for tensor in tensors)
+        return retrieval(*tensors, **options)
+
+    monkeypatch.setattr(module, "retrieval", watched)
+    cuda = replace(settings, device=torch.device("cuda"))
+    for shards, config in ((shard_set, EvalConfig(ks=(1, 5))), (street_and_shop, QUERY_GALLERY)):
+        want = as_row(evaluate(model.cpu(), shards, config, settings))
+        devices.clear()
+        result = evaluate(model.cuda(), shards, config, cuda)
+        assert set(devices) == {"cuda"} and result.first_hit_rank.device.type == "cpu"
+        assert as_row(result) == pytest.approx(want, abs=0.05)

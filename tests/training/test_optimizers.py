@@ -1,6 +1,7 @@
 """Optimisers from settings, the pass gate, clipping by value, schedules over epochs."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -32,6 +33,40 @@ def test_settings_reach_the_optimiser() -> None:
     own, _ = build_optimizer(module(), OptimizerConfig(name="torch.optim:RMSprop", lr=0.3, weight_decay=0.2))
     assert isinstance(own, torch.optim.RMSprop)
     assert (own.defaults["lr"], own.defaults["weight_decay"]) == (0.3, 0.2)
+
+    assert own.defaults["momentum"] == 0
+    settings = OptimizerConfig(name="torch.optim:RMSprop", lr=0.3, momentum=0.7)
+    assert build_optimizer(module(), settings)[0].defaults["momentum"] == 0.7
+
+
+def takes_no_decay(params: object, lr: float) -> None:
+    """Not the signature that is asked for."""
+
+
+def makes_none(params: object, lr: float, weight_decay: float) -> None:
+    """No optimiser."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"name": "torch.optim:Adam", "momentum": 0.9},
+            r"`optim.\*.momentum` is 0.9, but the constructor of torch.optim:Adam has no `momentum`. Set it to 0",
+        ),
+        (
+            {"name": "own_optimizers:takes_no_decay"},
+            r"own_optimizers:takes_no_decay cannot be made from parameter groups and lr, weight_decay: .*unexpected",
+        ),
+        ({"name": "own_optimizers:makes_none"}, r"must make a torch.optim.Optimizer: .*makes_none made NoneType"),
+        ({"name": "math:pi"}, r"math:pi cannot be made .* is not a callable object"),
+    ],
+)
+def test_an_optimiser_that_does_not_fit_is_refused(monkeypatch, settings: dict[str, object], message: str) -> None:
+    monkeypatch.setitem(sys.modules, "own_optimizers", sys.modules[__name__])
+    with pytest.raises(ConfigError, match=message):
+        build_optimizer(module(), OptimizerConfig(lr=0.1, **settings))
+    build_optimizer(module(), OptimizerConfig(name="torch.optim:Adam", lr=0.1))
 
 
 def test_an_unknown_optimiser_is_refused() -> None:

@@ -21,6 +21,8 @@ from run_cases import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gcahng.errors import ConfigError, DataError
+from gcahng.training import trainer as trainer_module
+from gcahng.training.resume import FREE, check_resumable
 from gcahng.training.trainer import Trainer
 
 # Everything that has a state: warm-up, proxies, three kinds of schedule, validation, epoch averages.
@@ -185,44 +187,113 @@ def test_other_data_is_refused(pattern_folder, shards, tmp_path) -> None:
     make_trainer(again, tmp_path / "run", BASELINE | AUTO)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"data.validation": 0.5}, {"data.validation": 0.25, "seed": 2}],
-    ids=["other share", "same share of other classes"],
-)
-def test_other_training_classes_are_refused(shards, tmp_path, change: dict[str, Any]) -> None:
+def test_other_training_classes_are_refused(shards, tmp_path) -> None:
+    """The settings are the same, so another version of the package must have dealt the classes."""
     settings = BASELINE | {"data.validation": 0.25}
     train(shards, tmp_path / "run", settings)
-    with pytest.raises(ConfigError, match=r"trained on other classes of .*\(6, now \d\). Set seed"):
-        make_trainer(shards, tmp_path / "run", settings | AUTO | change)
+    trainer = make_trainer(shards, tmp_path / "run", settings | AUTO)
+    saved = read_state(tmp_path / "run")["data"]
+    folder, parts = tmp_path / "run" / "last", trainer.parts.optimizers
+    check_resumable(folder, saved, dict(saved), trainer.config, parts)
+    with pytest.raises(ConfigError, match=r"trained on other classes of .*\(6, now 7\). Start a new run"):
+        check_resumable(folder, saved, saved | {"classes": "0", "num_classes": 7}, trainer.config, parts)
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "rate": ({"optim.metric_model.lr": 0.5}, r"optim.metric_model.lr was 0.01, is 0.5"),
+    "rate": ({"optim.metric_model.lr": 0.5}, "optim.metric_model.lr was 0.01, is 0.5"),
     "schedule": (
         {"optim.classifier.schedule.name": "step"},
-        r"optim.classifier.schedule was .*constant.*, is .*step",
+        "optim.classifier.schedule.name was 'constant', is 'step'",
     ),
-    "optimiser": ({"optim.graph.name": "sgd"}, r"optim.graph.name was adamw, is sgd"),
-    "end of a cosine": ({"train.epochs": 5}, r"train.epochs was 1, is 5 \(cosine"),
+    "optimiser": ({"optim.graph.name": "sgd"}, "optim.graph.name was 'adamw', is 'sgd'"),
+    "end of a cosine": ({"train.epochs": 5}, r"train.epochs was 1, is 5 \(cosine schedules end with it\)"),
+    "model": ({"model.embedding_dim": 6}, "model.embedding_dim was 8, is 6"),
+    "arguments": ({"model.backbone_args": {"widths": [4, 6]}}, "model.backbone_args was {.*}, is {.*}"),
+    "length of an epoch": ({"train.max_steps_per_epoch": None}, "train.max_steps_per_epoch was 1, is null"),
+    "precision": ({"train.precision": "bf16"}, "train.precision was 'fp32', is 'bf16'"),
+    "training classes": ({"data.validation": 0.25}, "data.validation was 0.0, is 0.25"),
+    "several": (
+        {"seed": 9, "batch.num_classes": 3, "generation.alpha": 7, "loss.metric": "n_pair"},
+        "seed was 1, is 9; batch.num_classes was 4, is 3; generation.alpha was 5.0, is 7.0; "
+        "loss.metric was 'n_pair_plus', is 'n_pair'",
+    ),
 }
 
 
+@pytest.fixture(scope="module")
+def short_run(shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("short") / "run"
+    train(shards, folder, {"train.max_steps_per_epoch": 1})
+    return folder
+
+
 @pytest.mark.parametrize("case", CHANGES)
-def test_settings_that_the_checkpoint_would_override_are_refused(shards, tmp_path, case: str) -> None:
-    settings = {"train.max_steps_per_epoch": 1}
-    train(shards, tmp_path / "run", settings)
+def test_other_settings_are_refused(shards, short_run, case: str) -> None:
     change, message = CHANGES[case]
-    with pytest.raises(ConfigError, match=f"`train.resume`: optimisers .*{message}.*Set these back"):
-        make_trainer(shards, tmp_path / "run", settings | AUTO | change)
-    # Nobody's optimiser: this run has no proxies.
-    make_trainer(shards, tmp_path / "run", settings | AUTO | {"optim.proxies.lr": 5.0})
+    want = rf"`train.resume`: .*step-1 belongs to another experiment: {message}\. Set these back.*train.init_from"
+    with pytest.raises(ConfigError, match=want):
+        make_trainer(shards, short_run, {"train.max_steps_per_epoch": 1} | AUTO | change)
 
 
-def test_another_model_is_refused(shards, tmp_path) -> None:
+def test_settings_that_move_no_weight_may_change(pattern_folder, shards, short_run, tmp_path) -> None:
+    moved = convert_patterns(pattern_folder, tmp_path / "moved")
+    changes = {
+        "train.resume": str(short_run / "last"),
+        "train.log_every": 3,
+        "train.keep_last": 4,
+        "train.device": "auto",
+        "data.num_workers": 1,
+        "eval.ks": [2, 3],
+        "eval.batch_size": 5,
+        "eval.every_epochs": 7,
+    }
+    assert {key for key in changes if not key.startswith("eval.")} | {"data.dir", "run.dir", "train.epochs"} == FREE
+    trainer = make_trainer(moved, tmp_path / "other", {"train.max_steps_per_epoch": 1} | changes)
+    assert trainer.progress.step == 1
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+@pytest.mark.parametrize("epoch", [2, 3])
+def test_an_evaluation_that_fails_loses_no_epoch(
+    shards, tmp_path, undisturbed, monkeypatch: pytest.MonkeyPatch, epoch: int, split: str
+) -> None:
+    run = tmp_path / "run"
+    evaluate = trainer_module.evaluate
+
+    def failing(*args: Any, rows: Any, **options: Any) -> Any:
+        if trainer.progress.epoch == epoch and (rows is None) == (split == "test"):
+            raise DataError("sample 7 is damaged")
+        return evaluate(*args, rows=rows, **options)
+
+    trainer = make_trainer(shards, run, WHOLE)
+    monkeypatch.setattr(trainer_module, "evaluate", failing)
+    with pytest.raises(DataError, match="sample 7 is damaged"):
+        trainer.run()
+    assert (run / "last").readlink().name == f"step-{4 * epoch}"
+    assert (run / f"step-{4 * epoch - 4}").is_dir()  # the older one is not given up for it
+    assert {row["epoch"] for row in read_metrics(run) if row["kind"] == "evaluation"} == set(range(1, epoch))
+    monkeypatch.undo()
+    train(shards, run, WHOLE | AUTO)
+    results = json.loads((run / "results.json").read_text())
+    assert results["last"]["epoch"] == 3
+    assert_same_run(run, undisturbed)
+
+
+def test_a_failed_evaluation_of_more_epochs_leaves_no_stale_results(
+    shards, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: Any, **options: Any) -> Any:
+        raise DataError("sample 7 is damaged")
+
     train(shards, tmp_path / "run", BASELINE)
-    with pytest.raises(ConfigError, match=r"does not fit part `metric_model`: .*head.linear.weight"):
-        make_trainer(shards, tmp_path / "run", BASELINE | AUTO | {"model.embedding_dim": 6})
+    longer = BASELINE | AUTO | {"train.epochs": 2}
+    monkeypatch.setattr(trainer_module, "evaluate", failing)
+    with pytest.raises(DataError, match="sample 7 is damaged"):
+        train(shards, tmp_path / "run", longer)
+    monkeypatch.undo()
+    results = train(shards, tmp_path / "run", longer)
+    assert results["steps"] == 4 and results["last"]["epoch"] == 2
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
 
 
 def flip_a_byte(folder: Path) -> None:
