@@ -263,8 +263,9 @@ class TrainingStep:
         groups = labels.view(num_samples, -1) if labels.numel() % num_samples == 0 else None
         if groups is None or not bool((groups == groups[0]).all()) or groups[0].unique().numel() != groups.shape[1]:
             raise InputError(
-                f"`labels` must be group-major: expected {num_samples} groups of the same distinct classes in the same "
-                f"order, got {labels[:12].tolist()}... Reorder the batch with `gcahng.layout.group_major(labels).order`."
+                f"`labels` must be group-major: expected {num_samples} groups of the same distinct classes in the "
+                f"same order, got {labels[:12].tolist()}... Reorder the batch with "
+                "`gcahng.layout.group_major(labels).order`."
             )
 
     def _require_finite_rows(self, z: Tensor, images: Tensor) -> None:
