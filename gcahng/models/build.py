@@ -68,16 +68,12 @@ def build_backbone(
         ConfigError: unknown name (with near ones) or argument; weights that cannot be fetched, read
             or matched.
     """
+    check_backbone_name(name)
     arguments = dict(backbone_args or {})
     if name == GOOGLENET:
         backbone = _call(GoogLeNetBackbone, name, arguments)
         if pretrained and weights is None:
             backbone.weight_source = _load_published_googlenet(backbone.network)
-    elif name.partition("/")[0] == "torchvision":
-        raise ConfigError(
-            f"Unknown backbone `{name}`: of torchvision's only `{GOOGLENET}` is offered. Take the "
-            "others from timm, e.g. `resnet50.tv_in1k`."
-        )
     elif name == SMALL_CONV:
         network = _call(SmallConv, name, arguments)
         backbone = Backbone(network, network.num_features)
@@ -92,8 +88,21 @@ def build_backbone(
     return backbone
 
 
-def _own_backbone(name: str, arguments: dict[str, Any]) -> Backbone:
-    """A backbone by dotted path; a name that no module answers to is reported as unknown."""
+def check_backbone_name(name: str) -> None:
+    """Refuse a name that `build_backbone` cannot build; nothing is built or loaded but an own backbone's module.
+
+    Raises:
+        ConfigError: The name is unknown (near ones are named), or its module cannot be imported.
+    """
+    if name in (GOOGLENET, SMALL_CONV):
+        return
+    if name.partition("/")[0] == "torchvision":
+        raise ConfigError(
+            f"Unknown backbone `{name}`: of torchvision's only `{GOOGLENET}` is offered. Take the "
+            "others from timm, e.g. `resnet50.tv_in1k`."
+        )
+    if is_timm_name(name):
+        return
     if not is_component_path(name) or (":" not in name and not _is_module(name.partition(".")[0])):
         near = near_timm_names(name, others=(GOOGLENET, SMALL_CONV))
         hint = f"Did you mean {' or '.join(f'`{other}`' for other in near)}? " if near else ""
@@ -101,6 +110,10 @@ def _own_backbone(name: str, arguments: dict[str, Any]) -> Backbone:
             f"Unknown backbone `{name}`. {hint}Give a timm name, `{GOOGLENET}`, `{SMALL_CONV}`, or "
             "the dotted path of an own one, `package.module:Name`."
         )
+    load_component(name)
+
+
+def _own_backbone(name: str, arguments: dict[str, Any]) -> Backbone:
     network = _call(load_component(name), name, arguments)
     width = getattr(network, "num_features", None)
     if not isinstance(network, nn.Module) or not isinstance(width, int):

@@ -29,6 +29,7 @@ from gcahng.training.evaluate_checkpoint import embedding_settings
 from gcahng.training.evaluation import as_row, check_evaluation, evaluate, recall_at_1
 from gcahng.training.memory import peak_memory_bytes
 from gcahng.training.parts import build_modules, build_parts, build_step, choose_device
+from gcahng.training.preflight import preflight
 from gcahng.training.resume import check_resumable, class_digest
 from gcahng.training.run_log import RunLog
 from gcahng.training.step import NonFiniteEmbedding
@@ -72,6 +73,7 @@ class Trainer:
         Raises:
             InputError: Data, weights or settings cannot be used; nothing has been written.
         """
+        preflight(config)
         self.config = config
         self.bars = progress_bars
         self.overwrite = overwrite

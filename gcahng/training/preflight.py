@@ -1,0 +1,56 @@
+"""What a configuration asks of this machine, checked together before anything loads.
+
+The schema's own faults are found when a configuration is read; here it is files, names and devices.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from gcahng.components import is_component_path, load_component
+from gcahng.data.manifest import Manifest
+from gcahng.errors import ConfigError, InputError
+from gcahng.models import check_backbone_name
+from gcahng.training import checkpoint
+from gcahng.training.config import Config
+from gcahng.training.parts import choose_device
+
+
+def preflight(config: Config) -> None:
+    """Raise one error that lists everything this machine lacks for a configuration.
+
+    Raises:
+        InputError: A single fault as it is; several as one ConfigError. The data set, a weight file or a checkpoint is missing, a backbone or an own component has no
+            such name, or the device is absent.
+    """
+    faults: list[InputError] = []
+    for check in _checks(config):
+        try:
+            check()
+        except InputError as error:
+            faults.append(error)
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        raise ConfigError(f"{len(faults)} things are missing:" + "".join(f"\n  {fault}" for fault in faults))
+
+
+def _checks(config: Config) -> Iterator[Callable[[], object]]:
+    yield lambda: Manifest.load(config.data.dir)
+    yield lambda: check_backbone_name(config.model.backbone)
+    yield lambda: choose_device(config.train.device)
+    own = [config.loss.metric, config.batch.sampler]
+    own += [part.name for part in (config.optim.metric_model, config.optim.graph, config.optim.classifier)]
+    for path in own:
+        if is_component_path(path):
+            yield lambda path=path: load_component(path)  # type: ignore[misc]
+    if config.model.weights is not None and config.train.resume == "never" and config.train.init_from is None:
+        yield lambda: _weight_file(str(config.model.weights))
+    if config.train.init_from is not None:
+        yield lambda: checkpoint.find_checkpoint(Path(str(config.train.init_from)))
+    if config.train.resume not in ("never", "auto"):
+        yield lambda: checkpoint.find_checkpoint(Path(config.train.resume))
+
+
+def _weight_file(path: str) -> None:
+    if not Path(path).is_file():
+        raise ConfigError(f"`model.weights` {path} does not exist: expected a .safetensors, .pth or .pt file.")

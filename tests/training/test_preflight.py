@@ -1,0 +1,45 @@
+"""Everything a machine lacks for a configuration comes in one message, before anything loads."""
+
+import pytest
+import torch
+from run_cases import make_config
+
+from gcahng.errors import ConfigError
+from gcahng.training.preflight import preflight
+from gcahng.training.trainer import Trainer
+
+
+def test_all_missing_things_at_once(shards, tmp_path) -> None:
+    settings = {
+        "data.dir": str(tmp_path / "nowhere"),
+        "model.backbone": "resnet5",
+        "model.backbone_args": {},
+        "loss.metric": "no_such_module.losses:Mine",
+        "model.weights": str(tmp_path / "weights.safetensors"),
+    }
+    with pytest.raises(ConfigError) as caught:
+        Trainer(make_config(shards, tmp_path / "run", settings))
+    text = str(caught.value)
+    assert text.startswith("4 things are missing:")
+    for part in ("nowhere", "Unknown backbone `resnet5`", "no_such_module", "`model.weights`"):
+        assert part in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_checkpoints_are_named(shards, tmp_path) -> None:
+    missing = str(tmp_path / "gone" / "step-1")
+    with pytest.raises(ConfigError, match="gone/step-1` is no checkpoint"):
+        preflight(make_config(shards, tmp_path / "run", {"train.init_from": missing}))
+    with pytest.raises(ConfigError, match="gone/step-1` is no checkpoint"):
+        preflight(make_config(shards, tmp_path / "run", {"train.resume": missing}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_an_absent_device_is_named(shards, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="`train.device` is cuda"):
+        preflight(make_config(shards, tmp_path / "run", {"train.device": "cuda"}))
+
+
+def test_a_complete_machine_passes(shards, tmp_path) -> None:
+    preflight(make_config(shards, tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
