@@ -19,8 +19,8 @@ def preflight(config: Config) -> None:
     """Raise one error that lists everything this machine lacks for a configuration.
 
     Raises:
-        InputError: A single fault as it is; several as one ConfigError. The data set, a weight file or a checkpoint is missing, a backbone or an own component has no
-            such name, or the device is absent.
+        InputError: The data set, a weight file or a checkpoint is missing, a backbone or an own component has no such
+            name, or the device is absent; several faults come as one ConfigError.
     """
     faults: list[InputError] = []
     for check in _checks(config):
