@@ -50,6 +50,18 @@ class GraphOutput:
         return self.coefficients.table()
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """One call of the graph; see `GraphNetwork.forward`."""
+
+    plan: PairPlan
+    dropout: EdgeDropout | None
+    need_coefficients: bool
+    coefficient_gradient: bool
+    reduce: Reducer
+    dtype: torch.dtype | None
+
+
 class GraphNetwork(nn.Module):
     """Message propagation over all B² ordered pairs of a batch (GCA-HNG, IJCV 2024, section 3).
 
@@ -169,42 +181,35 @@ class GraphNetwork(nn.Module):
         plan = self.plan(z.shape[0], z.device) if plan is None else plan
         dtype = autocast_dtype(z)
         z = z if dtype is None else z.float()
+        call = _Pass(plan, dropout, need_coefficients, coefficient_gradient, reduce, dtype)
         run = self._scatter if self.backend == "scatter" else self._pairs
         with torch.autocast(z.device.type, enabled=False):
-            h, coefficients = run(z, labels, plan, dropout, need_coefficients, coefficient_gradient, reduce, dtype)
+            h, coefficients = run(z, labels, call)
             logits = linear(self.node_norm(h), self.node_classifier, dtype)
         return GraphOutput(logits, coefficients)
 
-    def _pairs(
-        self,
-        z: Tensor,
-        labels: Tensor,
-        plan: PairPlan,
-        dropout: EdgeDropout | None,
-        need_coefficients: bool,
-        coefficient_gradient: bool,
-        reduce: Reducer,
-        dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Coefficients | None]:
+    def _pairs(self, z: Tensor, labels: Tensor, call: _Pass) -> tuple[Tensor, Coefficients | None]:
         other_class = labels[:, None] != labels[None, :]
-        edges = edge_stage.pair_products(edge_stage.unit_centred(z), plan)
-        h = linear(z, self.reduction, dtype)
+        edges = edge_stage.pair_products(edge_stage.unit_centred(z), call.plan)
+        h = linear(z, self.reduction, call.dtype)
         last = len(self.node_blocks) - 1
         for layer, (node_block, edge_block) in enumerate(zip(self._nodes(), self._edges(), strict=True)):
-            attended = node_block.attend(h, other_class, dtype) if node_block.attends else None
+            attended = node_block.attend(h, other_class, call.dtype) if node_block.attends else None
             message = None
             if node_block.sums_edges:
-                message = reduce(edge_stage.edge_to_node_sums(edges, plan, node_block, dtype))
-            h = node_block.update(h, attended, message, dtype)
-            if layer == last and not need_coefficients:
+                message = call.reduce(edge_stage.edge_to_node_sums(edges, call.plan, node_block, call.dtype))
+            h = node_block.update(h, attended, message, call.dtype)
+            if layer == last and not call.need_coefficients:
                 return h, None
-            gradient = torch.is_grad_enabled() and (coefficient_gradient or layer < last)
+            gradient = torch.is_grad_enabled() and (call.coefficient_gradient or layer < last)
             with torch.set_grad_enabled(gradient):
-                edges = edge_stage.update_edges(edges, h, plan, edge_block, layer=layer, dropout=dropout, dtype=dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and coefficient_gradient):
-            mean, variance = self._edge_statistics(edges, plan, reduce)
-            values = edge_stage.read_out(edges, mean, variance, self.edge_norm, self.edge_out, dtype)
-        return h, PairCoefficients(plan, values)
+                edges = edge_stage.update_edges(
+                    edges, h, call.plan, edge_block, layer=layer, dropout=call.dropout, dtype=call.dtype
+                )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and call.coefficient_gradient):
+            mean, variance = self._edge_statistics(edges, call.plan, call.reduce)
+            values = edge_stage.read_out(edges, mean, variance, self.edge_norm, self.edge_out, call.dtype)
+        return h, PairCoefficients(call.plan, values)
 
     def _edge_statistics(self, edges: list[Tensor], plan: PairPlan, reduce: Reducer) -> tuple[Tensor, Tensor]:
         if not self.training:
@@ -215,35 +220,24 @@ class GraphNetwork(nn.Module):
         update_running(self.edge_norm, mean, variance, count)
         return mean, variance
 
-    def _scatter(
-        self,
-        z: Tensor,
-        labels: Tensor,
-        plan: PairPlan,
-        dropout: EdgeDropout | None,
-        need_coefficients: bool,
-        coefficient_gradient: bool,
-        reduce: Reducer,
-        dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Coefficients | None]:
-        del reduce  # The reference computes every edge itself.
-        # The oracle leaves precision to autocast itself, as the released code would.
-        with torch.autocast(z.device.type, dtype=dtype, enabled=dtype is not None):
+    def _scatter(self, z: Tensor, labels: Tensor, call: _Pass) -> tuple[Tensor, Coefficients | None]:
+        # The oracle computes every edge itself (nothing to reduce) and leaves precision to autocast, as released.
+        with torch.autocast(z.device.type, dtype=call.dtype, enabled=call.dtype is not None):
             h, edges = reference.propagate(
                 z,
                 labels,
                 self.reduction,
                 list(self._nodes()),
                 list(self._edges()),
-                dropout,
-                last_edge_gradient=coefficient_gradient,
+                call.dropout,
+                last_edge_gradient=call.coefficient_gradient,
             )
-            if not need_coefficients:
+            if not call.need_coefficients:
                 return h.to(z.dtype), None
-            with torch.set_grad_enabled(torch.is_grad_enabled() and coefficient_gradient):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and call.coefficient_gradient):
                 values = torch.sigmoid(self.edge_out(self.edge_norm(edges.to(z.dtype))).to(z.dtype))
         size = z.shape[0]
-        return h.to(z.dtype), TableCoefficients(plan, values.view(size, size, -1))
+        return h.to(z.dtype), TableCoefficients(call.plan, values.view(size, size, -1))
 
     def _nodes(self) -> list[NodeBlock]:
         return [block for block in self.node_blocks if isinstance(block, NodeBlock)]
