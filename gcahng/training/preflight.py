@@ -15,15 +15,18 @@ from gcahng.training.config import Config
 from gcahng.training.parts import choose_device
 
 
-def preflight(config: Config) -> None:
+def preflight(config: Config, *, overwrite: bool = False) -> None:
     """Raise one error that lists everything this machine lacks for a configuration.
 
+    Args:
+        config: A checked configuration.
+        overwrite: The run starts anew whatever `train.resume` says.
     Raises:
         InputError: The data set, a weight file or a checkpoint is missing, a backbone or an own component has no such
             name, or the device is absent; several faults come as one ConfigError.
     """
     faults: list[InputError] = []
-    for check in _checks(config):
+    for check in _checks(config, _starts_anew(config) or overwrite):
         try:
             check()
         except InputError as error:
@@ -34,7 +37,7 @@ def preflight(config: Config) -> None:
         raise ConfigError(f"{len(faults)} things are missing:" + "".join(f"\n  {fault}" for fault in faults))
 
 
-def _checks(config: Config) -> Iterator[Callable[[], object]]:
+def _checks(config: Config, starts_anew: bool) -> Iterator[Callable[[], object]]:
     yield lambda: Manifest.load(config.data.dir)
     yield lambda: check_backbone_name(config.model.backbone)
     yield lambda: choose_device(config.train.device)
@@ -43,14 +46,21 @@ def _checks(config: Config) -> Iterator[Callable[[], object]]:
     for path in own:
         if is_component_path(path):
             yield lambda path=path: load_component(path)  # type: ignore[misc]
-    if config.model.weights is not None and config.train.resume == "never" and config.train.init_from is None:
-        yield lambda: _weight_file(str(config.model.weights))
-    if config.train.init_from is not None:
+    if not starts_anew:  # a checkpoint replaces what a run starts from
+        if config.train.resume != "auto":
+            yield lambda: checkpoint.find_checkpoint(Path(config.train.resume))
+    elif config.train.init_from is not None:
         yield lambda: checkpoint.find_checkpoint(Path(str(config.train.init_from)))
-    if config.train.resume not in ("never", "auto"):
-        yield lambda: checkpoint.find_checkpoint(Path(config.train.resume))
+    elif config.model.weights is not None:
+        yield lambda: _weight_file(str(config.model.weights))
+
+
+def _starts_anew(config: Config) -> bool:
+    if config.train.resume == "auto":
+        return checkpoint.newest_checkpoint(Path(config.run.dir)) is None
+    return config.train.resume == "never"
 
 
 def _weight_file(path: str) -> None:
     if not Path(path).is_file():
-        raise ConfigError(f"`model.weights` {path} does not exist: expected a .safetensors, .pth or .pt file.")
+        raise ConfigError(f"`model.weights`: `{path}` does not exist: expected a .safetensors, .pth or .pt file.")

@@ -73,7 +73,7 @@ class Trainer:
         Raises:
             InputError: Data, weights or settings cannot be used; nothing has been written.
         """
-        preflight(config)
+        preflight(config, overwrite=overwrite)
         self.config = config
         self.bars = progress_bars
         self.overwrite = overwrite

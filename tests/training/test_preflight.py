@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from run_cases import make_config
+from run_cases import make_config, train
 
 from gcahng.errors import ConfigError
 from gcahng.training.preflight import preflight
@@ -32,6 +32,15 @@ def test_missing_checkpoints_are_named(shards, tmp_path) -> None:
         preflight(make_config(shards, tmp_path / "run", {"train.init_from": missing}))
     with pytest.raises(ConfigError, match="gone/step-1` is no checkpoint"):
         preflight(make_config(shards, tmp_path / "run", {"train.resume": missing}))
+
+
+def test_what_a_run_started_from_may_be_gone_when_it_is_resumed(shards, tmp_path) -> None:
+    settings = {"train.max_steps_per_epoch": 1, "train.epochs": 1}
+    train(shards, tmp_path / "run", settings)
+    gone = {"train.init_from": str(tmp_path / "gone"), "train.resume": "auto"}
+    preflight(make_config(shards, tmp_path / "run", settings | gone))
+    with pytest.raises(ConfigError, match="gone` is no checkpoint"):
+        preflight(make_config(shards, tmp_path / "run", settings | gone), overwrite=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
