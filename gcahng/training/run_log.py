@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,7 @@ class RunLog:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         # TensorBoard hides what earlier files of the folder hold from `purge_step` on.
         first_step = 0 if from_step is None else from_step + 1
+        _await_next_second(run_dir / "tensorboard")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
@@ -56,6 +58,19 @@ class RunLog:
     ) -> None:
         self._file.close()
         self._board.close()
+
+
+def _await_next_second(folder: Path) -> None:
+    """Wait until a new event file sorts behind those of `folder`.
+
+    TensorBoard reads event files by name, that is by the second in which they were begun; two of one second may come
+    in the wrong order, and then steps that the later one hides stay hidden.
+    """
+    stamps = [f.name.split(".")[3] for f in folder.glob("events.out.tfevents.[0-9]*")]
+    begun = [int(stamp) for stamp in stamps if stamp.isdigit()]
+    patience = time.monotonic() + 2.0  # a clock that was set back does not stop the run
+    while begun and int(time.time()) <= max(begun) and time.monotonic() < patience:
+        time.sleep(0.02)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

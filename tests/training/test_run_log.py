@@ -98,3 +98,13 @@ def test_no_file_has_no_rows(tmp_path) -> None:
     with RunLog(tmp_path, from_step=4):
         pass
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_event_files_begun_at_once_still_sort_by_age(tmp_path) -> None:
+    """TensorBoard reads them by name: seconds first, and a counter whose 10 sorts before its 9."""
+    for number in range(3):
+        with RunLog(tmp_path, from_step=number or None) as run_log:
+            run_log.write("step", number + 1, {"total_loss": 1.0})
+    files = sorted((tmp_path / "tensorboard").iterdir())
+    assert len({f.name.split(".")[3] for f in files}) == 3
+    assert files == sorted(files, key=lambda f: f.stat().st_mtime_ns)
