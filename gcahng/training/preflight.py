@@ -42,7 +42,8 @@ def _checks(config: Config, starts_anew: bool) -> Iterator[Callable[[], object]]
     yield lambda: check_backbone_name(config.model.backbone)
     yield lambda: choose_device(config.train.device)
     own = [config.loss.metric, config.batch.sampler]
-    own += [part.name for part in (config.optim.metric_model, config.optim.graph, config.optim.classifier)]
+    optim = config.optim
+    own += [part.name for part in (optim.metric_model, optim.graph, optim.classifier, optim.proxies)]
     for path in own:
         if is_component_path(path):
             yield lambda path=path: load_component(path)  # type: ignore[misc]

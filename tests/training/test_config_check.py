@@ -1,3 +1,4 @@
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -172,7 +173,9 @@ def test_settings_that_contradict_each_other(settings, message):
     ],
 )
 def test_sound_settings_pass(settings):
-    build(**settings)
+    config = build(**settings)
+    for key, value in settings.items():
+        assert reduce(getattr, key.split("__"), config) == value
 
 
 def test_every_limit_guards_a_setting():
