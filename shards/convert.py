@@ -12,10 +12,10 @@ import signal
 import sys
 from pathlib import Path
 
-from gcahng.data.convert import DEFAULT_SHARD_BYTES, convert, summary
-from gcahng.data.folder import Folder
-from gcahng.data.glyphs import Glyphs
-from gcahng.data.sources import Source, load_source
+from gcahng.data.conversion.convert import DEFAULT_SHARD_BYTES, convert, summary
+from gcahng.data.sources.folder import Folder
+from gcahng.data.sources.glyphs import Glyphs
+from gcahng.data.sources.source import Source, load_source
 from gcahng.errors import InputError
 
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from gcahng.data.convert import convert
-from gcahng.data.folder import Folder
+from gcahng.data.conversion.convert import convert
+from gcahng.data.sources.folder import Folder
 from gcahng.training.config import Config, config_from_mapping
 from gcahng.training.trainer import Trainer
 

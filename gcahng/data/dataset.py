@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gcahng.data.decode import MAX_PIXELS, decode_image
-from gcahng.data.shard_reader import ShardSet
-from gcahng.data.train_set import ClassTable
-from gcahng.data.transform_settings import TransformSettings
-from gcahng.data.transforms import eval_transform, train_draws, train_transform
+from gcahng.data.images.decode import MAX_PIXELS, decode_image
+from gcahng.data.images.transform_settings import TransformSettings
+from gcahng.data.images.transforms import eval_transform, train_draws, train_transform
+from gcahng.data.plans.class_table import ClassTable
+from gcahng.data.shards.reader import ShardSet
 from gcahng.errors import DataError, InputError
 
 OnError = Literal["fail", "skip"]
@@ -42,7 +42,7 @@ class Batch:
     """One training batch, group-major: K groups of P samples, classes in the same order in each.
 
     Attributes:
-        images: (B, 3, H, W) uint8; `gcahng.data.transforms.normalise` makes them numbers.
+        images: (B, 3, H, W) uint8; `gcahng.data.images.transforms.normalise` makes them numbers.
         labels: (B,) int64 training labels, `classes` K times over.
         rows: (B,) int64 sample rows as used, replacements included.
         classes: (P,) int64 distinct labels.

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gcahng.data.batch_plan import EpochPlan
 from gcahng.data.dataset import (
     Batch,
     EvalImages,
@@ -28,10 +27,11 @@ from gcahng.data.dataset import (
     TrainImages,
     TrainRequest,
 )
-from gcahng.data.decode import MAX_PIXELS
-from gcahng.data.plan import make_plan
-from gcahng.data.train_set import ClassTable
-from gcahng.data.transform_settings import TransformSettings
+from gcahng.data.images.decode import MAX_PIXELS
+from gcahng.data.images.transform_settings import TransformSettings
+from gcahng.data.plans.batch_plan import EpochPlan
+from gcahng.data.plans.class_table import ClassTable
+from gcahng.data.plans.plan import make_plan
 from gcahng.errors import DataError, InputError
 
 __all__ = ["Batch", "EpochLoader", "EvalLoader", "TrainLoader", "eval_loader", "train_loader"]
@@ -47,7 +47,7 @@ class TrainLoader:
         num_classes: P.
         num_samples: K.
         transform: Transforms of training images.
-        sampler: Name or dotted path, see `gcahng.data.plan.make_plan`.
+        sampler: Name or dotted path, see `gcahng.data.plans.plan.make_plan`.
         num_workers: Worker processes; 0 works in this process.
         on_error: "fail" or "skip", see `gcahng.data.dataset.TrainImages`.
         pin_memory: Put batches into page-locked memory (for copies to a CUDA device).

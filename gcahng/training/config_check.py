@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from gcahng.components import is_component_path
-from gcahng.data.transform_settings import PRESETS, transform_settings
+from gcahng.data.images.transform_settings import PRESETS, transform_settings
 from gcahng.errors import ConfigError
 from gcahng.training.config_schema import TransformConfig
 from gcahng.training.config_types import show

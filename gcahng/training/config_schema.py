@@ -17,7 +17,7 @@ class TransformConfig:
     """Image transforms: a preset, and any of its values replaced."""
 
     preset: str = "gca_hng"
-    """Named set of values to start from, see `gcahng.data.transform_settings`."""
+    """Named set of values to start from, see `gcahng.data.images.transform_settings`."""
     image_size: int | None = None
     """Side of the square image the network sees, in pixels: sets both crops, scales both resizes.
     Here and below null stands for the preset's value."""
@@ -43,7 +43,7 @@ class TransformConfig:
     """Red, green, blue deviations divided by."""
 
     def arguments(self) -> dict[str, Any]:
-        """What is not null: the arguments of `gcahng.data.transform_settings`'s function."""
+        """What is not null: the arguments of `gcahng.data.images.transform_settings`'s function."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gcahng.data.images.transform_settings import TransformSettings, transform_settings
 from gcahng.data.loader import TrainLoader
-from gcahng.data.shard_reader import ShardSet
-from gcahng.data.train_set import ClassTable, split_validation
-from gcahng.data.transform_settings import TransformSettings, transform_settings
+from gcahng.data.plans.class_table import ClassTable, split_validation
+from gcahng.data.shards.reader import ShardSet
 from gcahng.errors import ConfigError
 from gcahng.training.config import Config, DataConfig, TransformConfig
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gcahng.data.convert import convert
-from gcahng.data.glyphs import Glyphs
-from gcahng.data.manifest import MANIFEST_NAME, Manifest
+from gcahng.data.conversion.convert import convert
+from gcahng.data.shards.manifest import MANIFEST_NAME, Manifest
+from gcahng.data.sources.glyphs import Glyphs
 from gcahng.errors import ConfigError, TrainingError
 from gcahng.training.config import load_config
 from gcahng.training.neighbours import draw_neighbours

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gcahng.data.shard_reader import ShardSet
+from gcahng.data.shards.reader import ShardSet
 from gcahng.models import Embedder
 from gcahng.training import checkpoint
 from gcahng.training.config import Config, load_config

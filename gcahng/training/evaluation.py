@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from gcahng.data.images.transform_settings import TransformSettings
+from gcahng.data.images.transforms import normalise
 from gcahng.data.loader import eval_loader
-from gcahng.data.shard_reader import ShardSet
-from gcahng.data.transform_settings import TransformSettings
-from gcahng.data.transforms import normalise
+from gcahng.data.shards.reader import ShardSet
 from gcahng.errors import ConfigError, DataError, TrainingError
 from gcahng.metrics import RetrievalResult, retrieval
 from gcahng.models import Embedder

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from gcahng.data.decode import decode_image
-from gcahng.data.shard_reader import ShardSet
+from gcahng.data.images.decode import decode_image
+from gcahng.data.shards.reader import ShardSet
 from gcahng.metrics import retrieval
 from gcahng.training.evaluate_checkpoint import embedding_settings, load_metric_model
 from gcahng.training.evaluation import embed_rows

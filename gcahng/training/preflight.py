@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gcahng.components import is_component_path, load_component
-from gcahng.data.manifest import Manifest
+from gcahng.data.shards.manifest import Manifest
 from gcahng.errors import ConfigError, InputError
 from gcahng.models import check_backbone_name
 from gcahng.training import checkpoint

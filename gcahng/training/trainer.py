@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gcahng.data.transforms import normalise
+from gcahng.data.images.transforms import normalise
 from gcahng.errors import ConfigError, TrainingError
 from gcahng.random import stream_key
 from gcahng.training import checkpoint

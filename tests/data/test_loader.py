@@ -12,17 +12,17 @@ import torch
 from PIL import Image
 
 from gcahng.data.dataset import Batch, TrainImages
-from gcahng.data.loader import TrainLoader, eval_loader, train_loader
-from gcahng.data.plan import make_plan
-from gcahng.data.shard_reader import ShardSet
-from gcahng.data.shard_writer import Sample, ShardWriter
-from gcahng.data.train_set import ClassTable
-from gcahng.data.transforms import (
+from gcahng.data.images.transforms import (
     eval_transform,
     train_draws,
     train_transform,
     transform_settings,
 )
+from gcahng.data.loader import TrainLoader, eval_loader, train_loader
+from gcahng.data.plans.class_table import ClassTable
+from gcahng.data.plans.plan import make_plan
+from gcahng.data.shards.reader import ShardSet
+from gcahng.data.shards.writer import Sample, ShardWriter
 from gcahng.errors import ConfigError, DataError, InputError
 
 SETTINGS = transform_settings("gca_hng", image_size=16)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from run_cases import convert_patterns, draw_patterns, train
 
-from gcahng.data.shard_reader import ShardSet
+from gcahng.data.shards.reader import ShardSet
 
 
 @pytest.fixture(scope="session")

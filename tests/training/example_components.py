@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gcahng.data.batch_plan import BatchPlan, num_batches
-from gcahng.data.sources import Listing, SourceItem
-from gcahng.data.train_set import ClassTable
+from gcahng.data.plans.batch_plan import BatchPlan, num_batches
+from gcahng.data.plans.class_table import ClassTable
+from gcahng.data.sources.source import Listing, SourceItem
 
 
 class TwoConvolutions(nn.Module):

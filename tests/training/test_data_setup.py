@@ -8,7 +8,7 @@ import pytest
 import torch
 from run_cases import convert_patterns, draw_patterns, make_config, make_trainer, read_metrics, train
 
-from gcahng.data.shard_reader import ShardSet
+from gcahng.data.shards.reader import ShardSet
 from gcahng.errors import ConfigError, DataError
 from gcahng.training.config import TransformConfig
 from gcahng.training.data_setup import build_train_loader, image_transform, open_data

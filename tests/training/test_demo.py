@@ -14,9 +14,9 @@ import yaml
 from PIL import Image
 from run_cases import read_metrics, with_overrides
 
-from gcahng.data.manifest import Manifest
-from gcahng.data.shard_reader import ShardSet
-from gcahng.data.shard_writer import Sample, ShardWriter
+from gcahng.data.shards.manifest import Manifest
+from gcahng.data.shards.reader import ShardSet
+from gcahng.data.shards.writer import Sample, ShardWriter
 from gcahng.errors import ConfigError, DataError, InputError, TrainingError
 from gcahng.training import neighbours
 from gcahng.training.demo import SYSTEMS, DemoPaths, demo_table, prepare_data, run_demo

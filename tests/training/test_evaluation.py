@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from run_cases import convert_patterns, draw_patterns, make_config, make_trainer, read_metrics
 
-from gcahng.data.shard_reader import ShardSet
-from gcahng.data.shard_writer import Sample, ShardWriter
-from gcahng.data.transforms import eval_transform, normalise
+from gcahng.data.images.transforms import eval_transform, normalise
+from gcahng.data.shards.reader import ShardSet
+from gcahng.data.shards.writer import Sample, ShardWriter
 from gcahng.errors import ConfigError, DataError, TrainingError
 from gcahng.metrics import retrieval
 from gcahng.models import Embedder

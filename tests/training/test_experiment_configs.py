@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gcahng.data.shard_writer import Sample, ShardWriter
+from gcahng.data.shards.writer import Sample, ShardWriter
 from gcahng.graph import GraphNetwork
 from gcahng.training.config import load_config
 from gcahng.training.evaluation import EmbeddingSettings, as_row, evaluate

@@ -18,7 +18,7 @@ from run_cases import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gcahng.data.transforms import normalise
+from gcahng.data.images.transforms import normalise
 from gcahng.training import checkpoint
 from gcahng.training.config import load_config
 from gcahng.training.evaluation import EmbeddingSettings, evaluate

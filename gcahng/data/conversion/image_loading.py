@@ -1,0 +1,103 @@
+"""Loads and checks the images of a source, in this process or in several, always in order."""
+
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context, parent_process
+from os import _exit
+
+from gcahng.data.conversion.image_file import as_member
+from gcahng.data.sources.source import Fault, Source, SourceItem
+from gcahng.errors import DataError
+
+_CHUNK = 32  # items per message to a worker
+_CHUNKS_AHEAD = 4  # per worker: bounds the memory that finished images wait in
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An image as it goes into a tar.
+
+    Attributes:
+        image: Encoded image.
+        extension: "jpg" or "png".
+    """
+
+    image: bytes
+    extension: str
+
+
+def load_all(source: Source, items: Sequence[SourceItem], workers: int) -> Generator[Loaded | Fault, None, None]:
+    """Load and check all items.
+
+    Args:
+        source: Where the items are from.
+        items: What to load.
+        workers: Processes; with 1 this process does it.
+
+    Yields:
+        One result per item, in the order of the items, however many processes work on them; a
+        fault where the image cannot be read.
+
+    Raises:
+        DataError: A worker process was killed.
+    """
+    if workers == 1:
+        for item in items:
+            yield _load(source, item)
+        return
+    chunks = (items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK))
+    # Spawned, not forked: the caller may have threads, and a fork copies their locks.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (source,))
+    try:
+        pending: deque[Future[list[Loaded | Fault]]] = deque(
+            pool.submit(_load_chunk, chunk) for chunk in islice(chunks, workers * _CHUNKS_AHEAD)
+        )
+        while pending:
+            results = pending.popleft().result()
+            pending.extend(pool.submit(_load_chunk, chunk) for chunk in islice(chunks, 1))
+            yield from results
+    except BrokenProcessPool:
+        raise DataError(
+            "A conversion worker was killed, most likely for want of memory. Pass a smaller --workers."
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker_source: Source | None = None
+
+
+def _start_worker(source: Source) -> None:
+    global _worker_source
+    _worker_source = source
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """Without this, workers of a killed conversion would wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        _exit(1)
+
+
+def _load_chunk(items: Sequence[SourceItem]) -> list[Loaded | Fault]:
+    assert _worker_source is not None
+    return [_load(_worker_source, item) for item in items]
+
+
+def _load(source: Source, item: SourceItem) -> Loaded | Fault:
+    try:
+        return Loaded(*as_member(source.load(item)))
+    except OSError as error:
+        reason = f"the file cannot be read ({error.strerror or error}). Check its permissions."
+        return Fault(item.source, reason)
+    except DataError as error:
+        return Fault(item.source, str(error))

@@ -1,0 +1,197 @@
+"""Training and evaluation transforms of images, and their presets.
+
+A transform returns bytes, (3, H, W) uint8; `normalise` turns a whole batch of them into numbers on
+the device. Boxes are (left, top, width, height) in pixels.
+"""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gcahng.data.images.decode import MAX_PIXELS
+from gcahng.data.images.transform_settings import PRESETS, TransformSettings, transform_settings
+from gcahng.data.plans.draws import Purpose, stream
+from gcahng.errors import DataError, InputError
+
+__all__ = [
+    "PRESETS",
+    "TransformSettings",
+    "eval_transform",
+    "normalise",
+    "train_draws",
+    "train_transform",
+    "transform_settings",
+]
+
+Box = tuple[int, int, int, int]
+
+_TRIES = 10
+
+
+def train_draws(seed: int, epoch: int, position: int) -> np.random.Generator:
+    """The random numbers for one training image.
+
+    Args:
+        seed: Seed of the run.
+        epoch: Counted from 0.
+        position: Place of the sample in the epoch over all ranks: batch number x B + index in the
+            global batch.
+    """
+    return np.random.Generator(stream(seed, Purpose.TRANSFORM, epoch, position))
+
+
+def train_transform(image: Image.Image, settings: TransformSettings, draws: np.random.Generator) -> Tensor:
+    """Crop, resize and flip at random.
+
+    "random_resized" is a random crop of random area and shape, resized, with the distribution of
+    torchvision's RandomResizedCrop; "random" resizes the short side to `train_resize` and crops.
+
+    Args:
+        image: RGB image.
+        settings: Sizes and ranges.
+        draws: See `train_draws`.
+    Returns:
+        (3, crop, crop) uint8.
+    Raises:
+        DataError: The image is smaller than a crop without resizing, or too elongated to resize.
+    """
+    size = settings.crop
+    if settings.train_resize is not None:
+        image = _resize_short_side(image, settings.train_resize)
+    if settings.train_crop == "random_resized":
+        box = random_resized_box(image.width, image.height, settings.scale, settings.ratio, draws)
+        image = _crop(image, box)
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+    else:
+        image = _crop(image, random_box(image.width, image.height, size, draws))
+    return _to_bytes(image, mirrored=bool(draws.random() < settings.flip))
+
+
+def eval_transform(image: Image.Image, settings: TransformSettings) -> Tensor:
+    """Resize the short side and crop the centre, as torchvision's Resize and CenterCrop do.
+
+    Args:
+        image: RGB image.
+        settings: Sizes.
+    Returns:
+        (3, eval_crop, eval_crop) uint8.
+    Raises:
+        DataError: The image is too elongated to resize.
+    """
+    image = _resize_short_side(image, settings.eval_resize)
+    size = settings.eval_crop
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return _to_bytes(_crop(image, (left, top, size, size)), mirrored=False)
+
+
+def normalise(images: Tensor, settings: TransformSettings) -> Tensor:
+    """Bytes to the numbers a network takes: (x / 255 - mean) / std, on the device of `images`.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        settings: Channel mean and standard deviation.
+    Returns:
+        (B, 3, H, W) float32.
+    Raises:
+        InputError: `images` is not a batch of uint8 RGB images.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise InputError(
+            f"`images` must be uint8 of shape (B, 3, H, W), got {images.dtype} of shape "
+            f"{tuple(images.shape)}. Pass the images of a batch as the loader returns them."
+        )
+    mean = torch.tensor(settings.mean, dtype=torch.float32, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(settings.std, dtype=torch.float32, device=images.device).view(1, 3, 1, 1)
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+def random_resized_box(
+    width: int,
+    height: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    draws: np.random.Generator,
+) -> Box:
+    """A box of random area and shape inside an image.
+
+    Up to ten times: area uniform in `scale` x image area, log of width / height uniform in
+    log `ratio`; a box that fits is placed uniformly. Else the largest centred box of admitted
+    shape. (The law of torchvision's RandomResizedCrop.)
+
+    Args:
+        width: Of the image, in pixels.
+        height: Of the image, in pixels.
+        scale: Smallest and largest share of the area.
+        ratio: Smallest and largest width / height.
+        draws: Source of uniform numbers.
+    """
+    for _ in range(_TRIES):
+        area = width * height * _uniform(draws, *scale)
+        shape = math.exp(_uniform(draws, math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if 0 < w <= width and 0 < h <= height:
+            return _below(draws, width - w + 1), _below(draws, height - h + 1), w, h
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w = max(1, round(height * ratio[1]))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def random_box(width: int, height: int, size: int, draws: np.random.Generator) -> Box:
+    """A square box of `size` pixels, placed uniformly inside an image.
+
+    Raises:
+        DataError: The image is smaller than the box.
+    """
+    if min(width, height) < size:
+        raise DataError(
+            f"the image has {width} x {height} pixels: expected at least {size} each way for a "
+            f"crop of {size}. Set `train_resize` so that small images are enlarged."
+        )
+    return _below(draws, width - size + 1), _below(draws, height - size + 1), size, size
+
+
+def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side to `size` pixels, bilinear with antialiasing."""
+    short, long = sorted(image.size)
+    if short == size:
+        return image
+    new_long = size * long // short
+    if size * new_long > MAX_PIXELS:
+        raise DataError(
+            f"the image has {image.width} x {image.height} pixels, too elongated to resize: "
+            f"expected at most {MAX_PIXELS} pixels after the short side became {size}, got "
+            f"{size * new_long}. Crop it or leave it out."
+        )
+    new_size = (size, new_long) if image.width <= image.height else (new_long, size)
+    return image.resize(new_size, Image.Resampling.BILINEAR)
+
+
+def _crop(image: Image.Image, box: Box) -> Image.Image:
+    left, top, width, height = box
+    if (width, height) == image.size:
+        return image
+    return image.crop((left, top, left + width, top + height))
+
+
+def _to_bytes(image: Image.Image, *, mirrored: bool) -> Tensor:
+    pixels = np.asarray(image)
+    if mirrored:
+        pixels = pixels[:, ::-1]
+    # One copy: the array of a PIL image is read-only and channels come last.
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _uniform(draws: np.random.Generator, low: float, high: float) -> float:
+    return low + (high - low) * float(draws.random())
+
+
+def _below(draws: np.random.Generator, bound: int) -> int:
+    """Uniform in 0..bound-1. `random` comes from the raw words alone, `integers` need not."""
+    return int(float(draws.random()) * bound)

@@ -1,0 +1,1 @@
+"""Shard folders: manifest, indexes, reading and writing."""
