@@ -5,22 +5,14 @@ about its batch, so the batches do not depend on the number of workers, and a ru
 (epoch, batch) sees what it would have seen.
 """
 
-import os
-import signal
-import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from gcahng.data.dataset import (
     Batch,
-    EvalImages,
     Failure,
     ImageSource,
     OnError,
@@ -32,9 +24,10 @@ from gcahng.data.images.transform_settings import TransformSettings
 from gcahng.data.plans.batch_plan import EpochPlan
 from gcahng.data.plans.class_table import ClassTable
 from gcahng.data.plans.plan import make_plan
+from gcahng.data.workers import worker_loader
 from gcahng.errors import DataError, InputError
 
-__all__ = ["Batch", "EpochLoader", "EvalLoader", "TrainLoader", "eval_loader", "train_loader"]
+__all__ = ["Batch", "EpochLoader", "TrainLoader", "train_loader"]
 
 
 class TrainLoader:
@@ -84,7 +77,7 @@ class TrainLoader:
         self.plan(0)  # a fault of the arguments is found now, not in the first epoch
         self._requests = _Requests()
         images = TrainImages(shards, table, transform, seed, on_error, max_pixels)
-        self._make_loader = partial(_data_loader, images, self._requests, num_workers, pin_memory, keep=True)
+        self._make_loader = partial(worker_loader, images, self._requests, num_workers, pin_memory, keep=True)
         self._loader = self._make_loader()
 
     def plan(self, epoch: int) -> EpochPlan:
@@ -182,56 +175,6 @@ def train_loader(
     return loader.epoch_iterator(epoch, start_batch)
 
 
-class EvalLoader:
-    """Every given row once, in order, as (images uint8 (b, 3, H, W), class ids (b,), rows (b,))."""
-
-    def __init__(self, loader: DataLoader[Any], num_batches: int) -> None:
-        self._loader = loader
-        self._num_batches = num_batches
-
-    def __len__(self) -> int:
-        return self._num_batches
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        answers = iter(self._loader)
-        while (answer := next(answers, None)) is not None:
-            if isinstance(answer, Failure):
-                del answers  # ends the workers, see TrainLoader
-                raise DataError(answer.message)
-            yield answer
-
-
-def eval_loader(
-    shards: ImageSource,
-    rows: NDArray[np.int64],
-    *,
-    transform: TransformSettings,
-    batch_size: int,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    max_pixels: int = MAX_PIXELS,
-) -> EvalLoader:
-    """Load `rows` for evaluation; an unreadable image is an error, since a result would be wrong.
-
-    Args:
-        shards: Where encoded images come from.
-        rows: Sample rows; the last batch holds what is left.
-        transform: Transforms; the evaluation part is used.
-        batch_size: Images per batch.
-        num_workers: Worker processes; 0 works in this process.
-        pin_memory: Put batches into page-locked memory.
-        max_pixels: Limit of a decoded image.
-    Raises:
-        InputError: `batch_size` or `num_workers` is impossible.
-    """
-    if batch_size < 1:
-        raise InputError(f"`batch_size` must be at least 1, got {batch_size}. Raise it.")
-    rows = np.asarray(rows, dtype=np.int64)
-    chunks = [rows[start : start + batch_size] for start in range(0, rows.size, batch_size)]
-    images = EvalImages(shards, transform, max_pixels)
-    return EvalLoader(_data_loader(images, chunks, num_workers, pin_memory), len(chunks))
-
-
 class _Requests:
     """The requests of the epoch at hand: the sampler of torch's DataLoader."""
 
@@ -251,48 +194,3 @@ class _Requests:
             first = index * batch.rows.size
             positions = np.arange(first, first + batch.rows.size).reshape(batch.rows.shape)
             yield TrainRequest(epoch, batch.labels, batch.rows, positions)
-
-
-def _data_loader(
-    dataset: Any, requests: Any, num_workers: int, pin_memory: bool, keep: bool = False
-) -> DataLoader[Any]:
-    if num_workers < 0:
-        raise InputError(f"`num_workers` must be 0 or more, got {num_workers}. Raise it.")
-    # An item of the dataset is a whole batch already, so that one worker makes it and knows all of
-    # its samples; `batch_size=None` keeps torch from batching batches.
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=requests,
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),  # torch seeds its workers from it, else from the global one
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        persistent_workers=keep and num_workers > 0,
-    )
-
-
-def _as_it_is(answer: Any) -> Any:
-    return answer
-
-
-def _start_worker(_: int) -> None:
-    """Leave signals to the main process, and computing to one thread.
-
-    Ctrl-C and a scheduler's SIGTERM reach the whole process group. The main process finishes its
-    step and saves, for which it needs its workers. They end when it tells them to, which may be by
-    a SIGTERM of its own, or (torch looks every few seconds) when it is gone.
-    """
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it; there SIGTERM ends a worker
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _obey_parent(parent: int) -> None:
-    """End this process at a SIGTERM of its parent; take no notice of others."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from gcahng.data.eval_loader import eval_loader
 from gcahng.data.images.transform_settings import TransformSettings
 from gcahng.data.images.transforms import normalise
-from gcahng.data.loader import eval_loader
 from gcahng.data.shards.reader import ShardSet
 from gcahng.errors import ConfigError, DataError, TrainingError
 from gcahng.metrics import RetrievalResult, retrieval

@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from gcahng.data.dataset import Batch, TrainImages
+from gcahng.data.eval_loader import eval_loader
 from gcahng.data.images.transforms import (
     eval_transform,
     train_draws,
     train_transform,
     transform_settings,
 )
-from gcahng.data.loader import TrainLoader, eval_loader, train_loader
+from gcahng.data.loader import TrainLoader, train_loader
 from gcahng.data.plans.class_table import ClassTable
 from gcahng.data.plans.plan import make_plan
 from gcahng.data.shards.reader import ShardSet

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from gcahng.data.shards.index import key_text, load_index
 from gcahng.data.shards.manifest import ClassInfo, Manifest, ShardInfo
-from gcahng.data.stores.local import LocalStore, ShardStore
+from gcahng.data.stores.local import LocalStore
+from gcahng.data.stores.store import FileFacts, ShardStore
 from gcahng.errors import DataError
 
 _HASH_BLOCK = 1 << 22
@@ -71,9 +72,9 @@ class ShardSet:
         directory = Path(directory)
         manifest = Manifest.load(directory)
         store = store or LocalStore(directory)
+        store.announce({info.name: FileFacts(info.bytes, info.sha256) for info in manifest.shards})
         tables = []
         for info in manifest.shards:
-            _check_size(info, store, directory)
             if verify:
                 _check_sha256(info, store, directory)
             tables.append(load_index(directory / info.index_name, info))
@@ -156,15 +157,6 @@ class ShardSet:
             raise DataError(
                 f"The indexes in {directory} contradict the manifest: the samples per class differ. {_REPAIR}"
             )
-
-
-def _check_size(info: ShardInfo, store: ShardStore, directory: Path) -> None:
-    got = store.size(info.name)
-    if got != info.bytes:
-        raise DataError(
-            f"Shard {directory / info.name} is {'cut' if got < info.bytes else 'too long'}: "
-            f"expected {info.bytes} bytes, got {got}. {_REPAIR}"
-        )
 
 
 def _check_sha256(info: ShardInfo, store: ShardStore, directory: Path) -> None:

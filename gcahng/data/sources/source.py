@@ -7,7 +7,7 @@ processes, so they must be picklable and `load` must not depend on what was read
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,11 +27,13 @@ class SourceItem:
         class_name: Class, by a name that is unique in the source.
         split: "train", "test" or another split.
         source: Name of the image inside of the source, unique; written beside the image.
+        columns: Whatever else is known of this image; written beside it.
     """
 
     class_name: str
     split: str
     source: str
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,22 @@ class Fault:
 
 
 @dataclass(frozen=True)
+class Published:
+    """What the authors of a data set say of it, to be compared with what was found.
+
+    Attributes:
+        name: The data set, as its authors call it.
+        counts: Split -> (classes, images); empty where nothing is published.
+        test_in_train: The protocol tests on classes of the training split (other images of them),
+            instead of on classes that training never sees.
+    """
+
+    name: str
+    counts: Mapping[str, tuple[int, int]]
+    test_in_train: bool = False
+
+
+@dataclass(frozen=True)
 class Listing:
     """Everything that a source has.
 
@@ -55,11 +73,15 @@ class Listing:
         items: All images, in any order; images of a class keep theirs in the shards.
         faults: Found while listing, for example empty class folders.
         extra: JSON values for `Manifest.extra`.
+        class_columns: Class name -> what else is known of the class, such as its super class.
+        published: The protocol to check, for data sets that have one.
     """
 
     items: Sequence[SourceItem]
     faults: Sequence[Fault] = ()
     extra: dict[str, Any] = field(default_factory=dict)
+    class_columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    published: Published | None = None
 
 
 class Source(Protocol):

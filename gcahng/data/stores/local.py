@@ -1,20 +1,14 @@
-"""Where the bytes of shards come from; remote or cached shards would replace `LocalStore`."""
+"""Shards in a folder of this machine or of a file system mounted on it."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from gcahng.data.stores.store import FileFacts
 from gcahng.errors import DataError
 
-
-class ShardStore(Protocol):
-    """Sizes and byte ranges of named files. Must survive fork and pickle into loader workers."""
-
-    def size(self, name: str) -> int:
-        """Size of a file in bytes; DataError where it does not exist."""
-
-    def read(self, name: str, offset: int, length: int) -> bytes:
-        """At most `length` bytes from `offset`; fewer only where the file ends."""
+_REPAIR = "Restore the file or convert the data set again."
 
 
 class LocalStore:
@@ -26,7 +20,29 @@ class LocalStore:
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
+        self.location = str(directory)
         self._handles: dict[str, int] = {}
+
+    def announce(self, files: Mapping[str, FileFacts]) -> None:
+        """Compare the size of every file with what the manifest says.
+
+        Raises:
+            DataError: A file is missing or has another size.
+        """
+        for name, facts in files.items():
+            got = self.size(name)
+            if got != facts.bytes:
+                raise DataError(
+                    f"Shard {self.directory / name} is {'cut' if got < facts.bytes else 'too long'}: "
+                    f"expected {facts.bytes} bytes, got {got}. {_REPAIR}"
+                )
+
+    def local_copy(self, name: str, sha256: str | None = None) -> Path:
+        """The file itself."""
+        return self.directory / name
+
+    def expect(self, present: Sequence[str], following: Sequence[str]) -> None:
+        """Nothing to do: the files are here."""
 
     def size(self, name: str) -> int:
         """Size of the file in bytes.
@@ -66,13 +82,10 @@ class LocalStore:
         return handle
 
     def _unreadable(self, name: str, error: OSError) -> DataError:
-        return DataError(
-            f"Shard file {self.directory / name} cannot be read ({error.strerror}). Restore the "
-            "file or convert the data set again."
-        )
+        return DataError(f"Shard file {self.directory / name} cannot be read ({error.strerror}). {_REPAIR}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"directory": self.directory, "_handles": {}}  # handles belong to one process
+        return self.__dict__ | {"_handles": {}}  # handles belong to one process
 
     def __del__(self) -> None:
         self.close()

@@ -1,0 +1,55 @@
+"""What a place of shards can do; `gcahng.data.stores.open_store` finds the right one for a location."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What the manifest says of a file.
+
+    Attributes:
+        bytes: Its size.
+        sha256: Its checksum, hexadecimal.
+    """
+
+    bytes: int
+    sha256: str
+
+
+class ShardStore(Protocol):
+    """Named files of one shard folder. Must survive fork and pickle into loader workers."""
+
+    location: str
+    """The folder or URL, for messages."""
+
+    def announce(self, files: Mapping[str, FileFacts]) -> None:
+        """Say what the manifest says of every shard, before the first of them is read.
+
+        Local files are compared by size at once, remote ones whenever an answer tells their size.
+
+        Raises:
+            DataError: A file is missing or has another size.
+        """
+
+    def size(self, name: str) -> int:
+        """Size of a file in bytes; DataError where it does not exist."""
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """At most `length` bytes from `offset`; fewer only where the file ends."""
+
+    def local_copy(self, name: str, sha256: str | None = None) -> Path:
+        """A whole small file (manifest, index) on this machine, for mapping into memory.
+
+        Args:
+            name: The file.
+            sha256: Its checksum; a copy from an earlier run is used again where it is given.
+        """
+
+    def expect(self, present: Sequence[str], following: Sequence[str]) -> None:
+        """Shards that are read from now on, and those after them. Returns at once."""
+
+    def close(self) -> None:
+        """Give up files, connections and background work; the next read begins anew."""
