@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 from gcahng.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+CHECKSUM_KEY = "manifest_sha256"
 _CONVERT_AGAIN = "Convert the data set again with `python -m shards.convert`."
 
-Record = TypeVar("Record", "ShardInfo", "ClassInfo")
+Record = TypeVar("Record", "ShardInfo", "ClassesFile")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class ShardInfo:
         name: File name of the tar inside the shard folder.
         bytes: Size of the tar in bytes.
         sha256: Checksum of the tar, hexadecimal.
-        num_samples: Samples in the tar.
+        num_samples: Samples in the tar, at least 1.
         index_name: File name of the index (see `gcahng.data.shards.index`).
         index_sha256: Checksum of the index, hexadecimal.
         split: The split that every sample of this tar belongs to.
@@ -45,21 +46,18 @@ class ShardInfo:
 
 
 @dataclass(frozen=True)
-class ClassInfo:
-    """One class.
+class ClassesFile:
+    """The file with one line per class (see `gcahng.data.shards.class_list`).
 
     Attributes:
-        class_id: Position in `Manifest.classes`; classes of the split "train" come first.
-        name: Name given by the source, unique in the folder.
-        split: The split of its first sample. "train" shares no class with another split; a query
-            and a gallery split may share classes.
-        num_samples: Samples over all shards.
+        name: File name inside the shard folder.
+        count: Classes.
+        sha256: Checksum of the file, hexadecimal.
     """
 
-    class_id: int
     name: str
-    split: str
-    num_samples: int
+    count: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,9 @@ class Manifest:
         version: Format version, `MANIFEST_VERSION`.
         source: Name of the source that was converted, for example "glyphs".
         seed: Seed of the conversion.
+        window_bytes: Bytes of shards that an epoch plan draws batches from at a time.
         shards: Tars in reading order.
-        classes: Classes, `classes[i].class_id == i`.
+        classes: Where the classes are listed.
         splits: Split name -> {"classes": count, "images": count}.
         extra: What the source and the conversion report beside: options, skipped, dropped and
             merged entries.
@@ -80,8 +79,9 @@ class Manifest:
     version: int
     source: str
     seed: int
+    window_bytes: int
     shards: tuple[ShardInfo, ...]
-    classes: tuple[ClassInfo, ...]
+    classes: ClassesFile
     splits: dict[str, dict[str, int]]
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -91,101 +91,125 @@ class Manifest:
         return sum(shard.num_samples for shard in self.shards)
 
     def digest(self) -> str:
-        """Checksum (hexadecimal sha256) of all that decides which bytes a row stands for."""
+        """Checksum (hexadecimal sha256) of all that decides which bytes a row stands for, and the windows."""
         content = [[s.name, s.sha256, s.index_sha256] for s in self.shards]
-        return hashlib.sha256(json.dumps([self.version, content]).encode()).hexdigest()
+        parts = [self.version, self.window_bytes, self.classes.sha256, content]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def save(self, directory: Path) -> None:
-        """Write `directory/manifest.json`."""
-        text = json.dumps(asdict(self), indent=1)
+        """Write `directory/manifest.json`, with its own checksum."""
+        content = asdict(self)
+        content[CHECKSUM_KEY] = own_checksum(content)
+        text = json.dumps(content, indent=1)
         (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
     @staticmethod
-    def load(directory: Path | str) -> "Manifest":
-        """Read and check `directory/manifest.json`.
+    def load(path: Path | str, where: str | None = None) -> "Manifest":
+        """Read and check a manifest.
+
+        Args:
+            path: The file, or its folder.
+            where: What messages call the file, if it is a copy of another one.
 
         Raises:
             DataError: The file is missing, is not JSON, has another version, or contradicts itself.
         """
-        path = Path(directory) / MANIFEST_NAME
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DataError(
-                f"{path} is missing: expected a folder of shards, got "
-                f"{'a folder without a manifest' if path.parent.is_dir() else 'no such folder'}. "
-                f"Either the path is wrong or a conversion did not finish. {_CONVERT_AGAIN}"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} is not readable JSON ({error}). {_CONVERT_AGAIN}") from None
-        manifest = _from_json(raw, path)
-        _check_consistency(manifest, path)
+        raw, shown = read_manifest_json(path, where)
+        manifest = _from_json(raw, shown)
+        _check_consistency(manifest, shown)
         return manifest
 
 
-def _from_json(raw: object, path: Path) -> Manifest:
-    version = raw.get("version") if isinstance(raw, dict) else None
-    if not isinstance(raw, dict) or version != MANIFEST_VERSION:
-        raise DataError(f"{path}: expected version {MANIFEST_VERSION}, got {version!r}. {_CONVERT_AGAIN}")
+def read_manifest_json(path: Path | str, where: str | None = None) -> tuple[dict[str, Any], str]:
+    """The JSON object of a manifest of any version, unchecked, and what messages call it.
+
+    Args:
+        path: The file, or its folder.
+        where: What messages call the file, if it is a copy of another one.
+
+    Raises:
+        DataError: The file is missing or is not a JSON object.
+    """
+    path = Path(path)
+    file = path if path.is_file() else path / MANIFEST_NAME
+    shown = where or str(file)
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(
+            f"{shown} is missing: expected a folder of shards, got "
+            f"{'a folder without a manifest' if path.is_dir() else 'no such folder'}. "
+            f"Either the path is wrong or a conversion did not finish. {_CONVERT_AGAIN}"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{shown} is not readable JSON ({error}). {_CONVERT_AGAIN}") from None
+    if not isinstance(raw, dict):
+        raise DataError(f"{shown}: expected version {MANIFEST_VERSION}, got None. {_CONVERT_AGAIN}")
+    return raw, shown
+
+
+def own_checksum(raw: Mapping[str, Any]) -> str:
+    """Checksum (hexadecimal sha256) of everything else that a manifest's JSON object says."""
+    rest = {name: value for name, value in raw.items() if name != CHECKSUM_KEY}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _from_json(raw: dict[str, Any], where: str) -> Manifest:
+    if raw.get("version") != MANIFEST_VERSION:
+        raise DataError(f"{where}: expected version {MANIFEST_VERSION}, got {raw.get('version')!r}. {_CONVERT_AGAIN}")
     expected = {
         "source": str,
         "seed": int,
+        "window_bytes": int,
         "shards": list,
-        "classes": list,
+        "classes": dict,
         "splits": dict,
         "extra": dict,
     }
     for name, kind in expected.items():
-        if not isinstance(raw.get(name), kind):
-            raise _malformed(path, f"`{name}`", kind.__name__, raw.get(name))
+        if type(raw.get(name)) is not kind:
+            raise _malformed(where, f"`{name}`", kind.__name__, raw.get(name))
     for split, counts in raw["splits"].items():
         if not isinstance(counts, dict) or not all(type(counts.get(k)) is int for k in ("classes", "images")):
-            raise _malformed(path, f"`splits.{split}`", "{classes: int, images: int}", counts)
+            raise _malformed(where, f"`splits.{split}`", "{classes: int, images: int}", counts)
     return Manifest(
         version=raw["version"],
         source=raw["source"],
         seed=raw["seed"],
-        shards=tuple(_record(ShardInfo, row, path) for row in raw["shards"]),
-        classes=tuple(_record(ClassInfo, row, path) for row in raw["classes"]),
+        window_bytes=raw["window_bytes"],
+        shards=tuple(_record(ShardInfo, row, "an entry of `shards`", where) for row in raw["shards"]),
+        classes=_record(ClassesFile, raw["classes"], "`classes`", where),
         splits=raw["splits"],
         extra=raw["extra"],
     )
 
 
-def _record(kind: type[Record], row: object, path: Path) -> Record:
+def _record(kind: type[Record], row: object, what: str, where: str) -> Record:
     types = {f.name: f.type for f in fields(kind)}
     if not isinstance(row, Mapping) or {name: type(value) for name, value in row.items()} != types:
         wanted = "{" + ", ".join(f"{name}: {getattr(t, '__name__', t)}" for name, t in types.items()) + "}"
-        raise _malformed(path, f"an entry of {kind.__name__}", wanted, row)
+        raise _malformed(where, what, wanted, row)
     return kind(**row)
 
 
-def _malformed(path: Path, what: str, expected: str, got: object) -> DataError:
-    return DataError(f"{path}: {what} is malformed: expected {expected}, got {str(got)[:200]}. {_CONVERT_AGAIN}")
+def _malformed(where: str, what: str, expected: str, got: object) -> DataError:
+    return DataError(f"{where}: {what} is malformed: expected {expected}, got {str(got)[:200]}. {_CONVERT_AGAIN}")
 
 
-def _check_consistency(manifest: Manifest, path: Path) -> None:
+def _check_consistency(manifest: Manifest, where: str) -> None:
     def require(what: str, expected: object, got: object) -> None:
         if expected != got:
-            raise DataError(f"{path} contradicts itself: {what}: expected {expected}, got {got}. {_CONVERT_AGAIN}")
+            raise DataError(f"{where} contradicts itself: {what}: expected {expected}, got {got}. {_CONVERT_AGAIN}")
 
     names = [name for shard in manifest.shards for name in (shard.name, shard.index_name)]
+    names += [manifest.classes.name, MANIFEST_NAME]
     # A manifest may come from elsewhere: a name with a path in it would read outside the folder.
-    require(
-        "file names with a path",
-        [],
-        [n for n in names if Path(n).name != n or n in ("", ".", "..")],
-    )
+    require("file names with a path", [], [n for n in names if not _is_plain(n)])
     require("repeated file names", [], sorted(n for n, count in Counter(names).items() if count > 1))
-    ids = [info.class_id for info in manifest.classes]
-    require(
-        "class ids",
-        f"0..{len(ids) - 1}",
-        f"0..{len(ids) - 1}" if ids == list(range(len(ids))) else ids[:20],
-    )
-    repeated = sorted(n for n, count in Counter(c.name for c in manifest.classes).items() if count > 1)
-    require("repeated class names", [], repeated)
-    require("samples of all classes", manifest.num_samples, sum(c.num_samples for c in manifest.classes))
+    require("shards without samples", [], [shard.name for shard in manifest.shards if shard.num_samples < 1])
+    require("shards without bytes", [], [shard.name for shard in manifest.shards if shard.bytes < 1])
+    if manifest.window_bytes < 1:
+        require("window_bytes", "at least 1", manifest.window_bytes)
     images: Counter[str] = Counter()
     for shard in manifest.shards:
         images[shard.split] += shard.num_samples
@@ -194,5 +218,15 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
         dict(images),
         {name: counts["images"] for name, counts in manifest.splits.items()},
     )
-    homes = Counter(info.split for info in manifest.classes)
-    require("splits of classes", [], sorted(set(homes) - set(manifest.splits)))
+    classes = {name: counts["classes"] for name, counts in manifest.splits.items()}
+    count = manifest.classes.count
+    require(
+        "splits with fewer than 1 or more than all classes", [], [n for n, c in classes.items() if not 0 < c <= count]
+    )
+    if sum(classes.values()) < count:
+        require("classes over all splits", f"at least {count}", sum(classes.values()))
+
+
+def _is_plain(name: str) -> bool:
+    """A file name without any folder, here and on other systems, and nothing a URL would read otherwise."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:?#%\0")

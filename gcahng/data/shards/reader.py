@@ -3,87 +3,95 @@
 import hashlib
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from gcahng.data.shards.index import key_text, load_index
-from gcahng.data.shards.manifest import ClassInfo, Manifest, ShardInfo
-from gcahng.data.stores.local import LocalStore
-from gcahng.data.stores.store import FileFacts, ShardStore
-from gcahng.errors import DataError
+from gcahng.data.shards.class_list import ClassList, load_classes
+from gcahng.data.shards.index import IndexRow, key_text
+from gcahng.data.shards.index_tables import IndexTables
+from gcahng.data.shards.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from gcahng.data.stores import FileFacts, ShardStore, open_store
+from gcahng.errors import DataError, InputError
 
 _HASH_BLOCK = 1 << 22
 _REPAIR = "Restore the file or convert the data set again."
+
+Runs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 
 class ShardSet:
     """All samples of a shard folder. A sample's row is its place in manifest order.
 
-    Every array has one entry per row. Use `ShardSet.open`; the constructor takes parts that are
-    already read and checked.
+    Holds nothing per sample or class: indexes and the class list stay in mapped files, which all
+    processes of a machine share. Pickles as paths. Use `ShardSet.open`; the constructor takes
+    parts that are already checked.
 
     Attributes:
         manifest: What `manifest.json` says.
         classes: Class by class id.
-        shard: (N,) int32, position of the row's shard in `manifest.shards`.
-        offset: (N,) int64, first byte of the encoded image in the shard.
-        length: (N,) int64, bytes of the encoded image.
-        class_id: (N,) int64.
-        crc32: (N,) uint32, of the encoded image.
-        keys: (N,) int64, the number in the members' names.
-        meta_offset: (N,) int64, first byte of the JSON member in the shard.
-        meta_length: (N,) int64, bytes of the JSON member.
     """
 
-    def __init__(self, manifest: Manifest, tables: list[NDArray[np.void]], store: ShardStore) -> None:
+    def __init__(self, manifest: Manifest, classes: ClassList, tables: IndexTables, store: ShardStore) -> None:
         self.manifest = manifest
-        self.classes: tuple[ClassInfo, ...] = manifest.classes
+        self.classes = classes
+        self._tables = tables
         self._store = store
-        counts = [len(table) for table in tables]
-        self.shard: NDArray[np.int32] = np.repeat(np.arange(len(tables), dtype=np.int32), counts)
-
-        def column(name: str, dtype: type[np.generic]) -> NDArray[Any]:
-            parts = [table[name].astype(dtype) for table in tables]
-            return np.concatenate(parts) if parts else np.empty(0, dtype)
-
-        self.offset: NDArray[np.int64] = column("offset", np.int64)
-        self.length: NDArray[np.int64] = column("length", np.int64)
-        self.class_id: NDArray[np.int64] = column("class_id", np.int64)
-        self.crc32: NDArray[np.uint32] = column("crc32", np.uint32)
-        self.keys: NDArray[np.int64] = column("key", np.int64)
-        self.meta_offset: NDArray[np.int64] = column("meta_offset", np.int64)
-        self.meta_length: NDArray[np.int64] = column("meta_length", np.int64)
+        self._starts = np.cumsum([0] + [info.num_samples for info in manifest.shards], dtype=np.int64)
 
     @classmethod
-    def open(cls, directory: Path | str, verify: bool = False, store: ShardStore | None = None) -> "ShardSet":
-        """Read the manifest and all indexes; check the size of every shard.
+    def open(cls, location: Path | str, verify: bool = False, store: ShardStore | None = None) -> "ShardSet":
+        """Read the manifest, all indexes and the class list once; check the size of every shard.
 
         Args:
-            directory: Folder with `manifest.json` and the indexes.
+            location: Shard folder or URL.
             verify: Recompute the sha256 of every shard too (reads all bytes).
-            store: Where shard bytes come from; the folder itself by default.
+            store: Where files come from; the place that `location` names by default.
 
         Raises:
             DataError: A file is missing, cut, damaged or contradicts the manifest.
         """
-        directory = Path(directory)
-        manifest = Manifest.load(directory)
-        store = store or LocalStore(directory)
+        store = store or open_store(location)
+        manifest = load_manifest(store)
         store.announce({info.name: FileFacts(info.bytes, info.sha256) for info in manifest.shards})
-        tables = []
-        for info in manifest.shards:
-            if verify:
-                _check_sha256(info, store, directory)
-            tables.append(load_index(directory / info.index_name, info))
-        shards = cls(manifest, tables, store)
-        shards._check_classes(directory)
-        return shards
+        classes = load_classes(store.local_copy(manifest.classes.name, manifest.classes.sha256), manifest.classes)
+        if verify:
+            for info in manifest.shards:
+                _check_sha256(info, store)
+        tables = IndexTables(manifest, store)
+        _check_classes(manifest, tables.load_all(), store.location)
+        return cls(manifest, classes, tables, store)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return int(self._starts[-1])
+
+    def class_ids(self, rows: ArrayLike | None = None) -> NDArray[np.int64]:
+        """Class id of each row; of all rows, 8 bytes each, without an argument.
+
+        Args:
+            rows: (n,) rows in any order.
+
+        Raises:
+            InputError: There is no such row.
+        """
+        if rows is None:
+            ids = np.empty(len(self), np.int64)
+            for position, start in enumerate(self._starts[:-1]):
+                ids[start : self._starts[position + 1]] = self._tables[position]["class_id"]
+            return ids
+        asked = self._checked(rows)
+        ids = np.empty(asked.size, np.int64)
+        positions = self._position(asked)
+        # Shard by shard, whatever the order of the rows.
+        order = np.argsort(positions, kind="stable")
+        firsts = np.flatnonzero(np.diff(positions[order], prepend=-1))
+        for places in np.split(order, firsts[1:]) if asked.size else ():
+            position = int(positions[places[0]])
+            ids[places] = self._tables[position]["class_id"][asked[places] - self._starts[position]]
+        return ids
 
     def split_samples(self, split: str) -> NDArray[np.int64]:
         """Rows of a split, in manifest order.
@@ -91,14 +99,73 @@ class ShardSet:
         Raises:
             DataError: There is no such split.
         """
+        ranges = [
+            np.arange(self._starts[i], self._starts[i + 1], dtype=np.int64) for i in self.split_shards(split).tolist()
+        ]
+        return np.concatenate(ranges)
+
+    def split_shards(self, split: str) -> NDArray[np.int32]:
+        """Positions in `manifest.shards` of the shards of a split.
+
+        Raises:
+            DataError: There is no such split.
+        """
         if split not in self.manifest.splits:
             raise DataError(f"Split {split!r} does not exist: expected one of {sorted(self.manifest.splits)}.")
-        chosen = np.array([info.split == split for info in self.manifest.shards], dtype=bool)
-        return np.flatnonzero(chosen[self.shard])
+        return np.flatnonzero([info.split == split for info in self.manifest.shards]).astype(np.int32)
+
+    def class_runs(self, split: str) -> Runs:
+        """The stretches of rows that belong to one class, in row order.
+
+        Args:
+            split: Only its rows; a run continues into the next shard where that goes on with its class.
+        Returns:
+            (class_id, first_row, count), each (runs,): neighbours in rows have different classes.
+
+        Raises:
+            DataError: There is no such split.
+        """
+        ids: list[NDArray[np.int64]] = []
+        firsts: list[NDArray[np.int64]] = []
+        counts: list[NDArray[np.int64]] = []
+        last_id, last_end = -1, -1
+        for position in self.split_shards(split).tolist():
+            labels, start = self._tables[position]["class_id"], int(self._starts[position])
+            begins = np.flatnonzero(np.diff(labels, prepend=labels[0] - 1))
+            lengths = np.diff(begins, append=labels.size)
+            if labels[0] == last_id and start == last_end:
+                counts[-1][-1] += lengths[0]
+                begins, lengths = begins[1:], lengths[1:]
+            last_id, last_end = int(labels[-1]), int(self._starts[position + 1])
+            if begins.size:
+                ids.append(labels[begins].astype(np.int64))
+                firsts.append(begins + start)
+                counts.append(lengths.astype(np.int64))
+        return np.concatenate(ids), np.concatenate(firsts), np.concatenate(counts)
+
+    def shard_of(self, rows: ArrayLike) -> NDArray[np.int32]:
+        """Position in `manifest.shards` of each row's shard.
+
+        Args:
+            rows: (n,) rows in any order.
+
+        Raises:
+            InputError: There is no such row.
+        """
+        return self._position(self._checked(rows)).astype(np.int32)
+
+    def shard_name(self, row: int) -> str:
+        """File name of the row's shard."""
+        return self.manifest.shards[self._locate(row)[0]].name
+
+    def record(self, row: int) -> IndexRow:
+        """What the index says of a row: where its bytes lie, and their checksum."""
+        position, inside = self._locate(row)
+        return IndexRow(*self._tables[position][inside].item())
 
     def key(self, row: int) -> str:
         """The sample's key, 9 digits."""
-        return key_text(int(self.keys[row]))
+        return key_text(self.record(row).key)
 
     def read(self, row: int) -> bytes:
         """The encoded image (JPEG or PNG) of a row.
@@ -106,29 +173,33 @@ class ShardSet:
         Raises:
             DataError: The bytes are not those that were written.
         """
-        content = self._fetch(row, int(self.offset[row]), int(self.length[row]))
-        got, expected = zlib.crc32(content), int(self.crc32[row])
-        if got != expected:
+        record = self.record(row)
+        content = self._fetch(row, record, record.offset, record.length)
+        if zlib.crc32(content) != record.crc32 and self._store.distrust(self.shard_name(row)):
+            content = self._fetch(row, record, record.offset, record.length)  # a copy or a transfer was damaged
+        got = zlib.crc32(content)
+        if got != record.crc32:
             raise DataError(
-                f"Shard {self._shard_name(row)}: the image of sample {self.key(row)} is "
-                f"damaged: expected crc32 {expected:08x}, got {got:08x}. {_REPAIR}"
+                f"Shard {self.shard_name(row)}: the image of sample {key_text(record.key)} is "
+                f"damaged: expected crc32 {record.crc32:08x}, got {got:08x}. {_REPAIR}"
             )
         return content
 
     def meta(self, row: int) -> dict[str, Any]:
-        """The JSON member of a row: class_id, class_name, split, source.
+        """The JSON member of a row: class_id, class_name, split, source, and columns where it has any.
 
         Raises:
             DataError: The bytes are not a JSON object.
         """
-        content = self._fetch(row, int(self.meta_offset[row]), int(self.meta_length[row]))
+        record = self.record(row)
+        content = self._fetch(row, record, record.meta_offset, record.meta_length)
         try:
             meta = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             meta = None
         if not isinstance(meta, dict) or "source" not in meta:
             raise DataError(
-                f"Shard {self._shard_name(row)}: the JSON member of sample {self.key(row)} "
+                f"Shard {self.shard_name(row)}: the JSON member of sample {key_text(record.key)} "
                 f"is damaged: expected an object with `source`, got {content[:80]!r}. {_REPAIR}"
             )
         return meta
@@ -137,34 +208,94 @@ class ShardSet:
         """Where the image came from, as the source named it."""
         return str(self.meta(row)["source"])
 
-    def _shard_name(self, row: int) -> str:
-        return self.manifest.shards[self.shard[row]].name
+    def expect(self, present: ArrayLike, following: ArrayLike) -> None:
+        """Tell the store which shards are read from now on. Returns at once.
 
-    def _fetch(self, row: int, offset: int, length: int) -> bytes:
-        content = self._store.read(self._shard_name(row), offset, length)
+        Args:
+            present: Positions in `manifest.shards` that are read now.
+            following: Those that are read after them.
+        """
+        names = [
+            [self.manifest.shards[i].name for i in np.asarray(part, dtype=np.int64).tolist()]
+            for part in (present, following)
+        ]
+        self._store.expect(*names)
+
+    def _fetch(self, row: int, record: IndexRow, offset: int, length: int) -> bytes:
+        name = self.shard_name(row)
+        content = self._store.read(name, offset, length)
         if len(content) != length:
             raise DataError(
-                f"Shard {self._shard_name(row)} ends inside of sample {self.key(row)}: "
+                f"Shard {name} ends inside of sample {key_text(record.key)}: "
                 f"expected {length} bytes at {offset}, got {len(content)}. {_REPAIR}"
             )
         return content
 
-    def _check_classes(self, directory: Path) -> None:
-        expected = np.array([info.num_samples for info in self.classes], dtype=np.int64)
-        in_range = (self.class_id >= 0) & (self.class_id < len(self.classes))
-        got = np.bincount(self.class_id[in_range], minlength=len(self.classes))
-        if not in_range.all() or not np.array_equal(expected, got):
-            raise DataError(
-                f"The indexes in {directory} contradict the manifest: the samples per class differ. {_REPAIR}"
-            )
+    def _locate(self, row: int) -> tuple[int, int]:
+        """Position of the row's shard, and the row inside of it."""
+        if not 0 <= row < len(self):
+            raise self._no_such_row(row)
+        position = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return position, int(row) - int(self._starts[position])
+
+    def _position(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self._starts, rows, side="right") - 1
+
+    def _checked(self, rows: ArrayLike) -> NDArray[np.int64]:
+        array = np.asarray(rows, dtype=np.int64)
+        bad = (array < 0) | (array >= len(self))
+        if bad.any():
+            raise self._no_such_row(array[bad][0])
+        return array
+
+    def _no_such_row(self, row: int) -> InputError:
+        return InputError(
+            f"Row {row} does not exist: expected 0 to {len(self) - 1} in {self._store.location}. "
+            "Take rows and shards from the same data set."
+        )
 
 
-def _check_sha256(info: ShardInfo, store: ShardStore, directory: Path) -> None:
+def load_manifest(store: ShardStore) -> Manifest:
+    """The manifest of a place of shards; messages name the place.
+
+    Raises:
+        DataError: It is missing, unreadable, of another version, or contradicts itself.
+    """
+    path = store.local_copy(MANIFEST_NAME)
+    if str(path.parent) == store.location or not path.exists():
+        return Manifest.load(path.parent)
+    return Manifest.load(path, where=f"{store.location.rstrip('/')}/{MANIFEST_NAME}")
+
+
+def _check_sha256(info: ShardInfo, store: ShardStore) -> None:
     digest = hashlib.sha256()
     for offset in range(0, info.bytes, _HASH_BLOCK):
         digest.update(store.read(info.name, offset, _HASH_BLOCK))
     if digest.hexdigest() != info.sha256:
         raise DataError(
-            f"Shard {directory / info.name} is damaged: expected sha256 {info.sha256}, "
+            f"Shard {store.location}/{info.name} is damaged: expected sha256 {info.sha256}, "
             f"got {digest.hexdigest()}. {_REPAIR}"
         )
+
+
+def _check_classes(manifest: Manifest, tables: Iterator[tuple[ShardInfo, NDArray[np.void]]], where: str) -> None:
+    """Compare the number of classes in each split; one byte per class and split, nothing per sample."""
+    count = manifest.classes.count
+    present = {split: np.zeros(count, bool) for split in manifest.splits}
+    for info, table in tables:
+        ids = table["class_id"]
+        if ids.min() < 0 or ids.max() >= count:
+            raise DataError(
+                f"Index {where}/{info.index_name} contradicts the manifest: expected class ids 0 to {count - 1}, "
+                f"got {ids.min()} to {ids.max()}. {_REPAIR}"
+            )
+        present[info.split][ids] = True
+    for split, found in present.items():
+        expected = manifest.splits[split]["classes"]
+        if found.sum() != expected:
+            raise DataError(
+                f"The indexes in {where} contradict the manifest: expected {expected} classes in split {split!r}, "
+                f"got {found.sum()}. {_REPAIR}"
+            )
+    if present and not np.logical_or.reduce(list(present.values())).all():
+        raise DataError(f"The indexes in {where} contradict the manifest: a class of {count} has no sample. {_REPAIR}")

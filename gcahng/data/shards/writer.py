@@ -1,180 +1,158 @@
-"""Writes WebDataset tars with indexes and a manifest; a folder appears only when it is whole.
+"""Writes a shard folder: WebDataset tars with indexes, a list of classes and a manifest.
 
 A shard folder holds:
 - `shard-NNNNNN.tar`: plain tars that any WebDataset reader can stream. A sample's key is its number
   with 9 digits, its members are KEY.jpg or KEY.png and KEY.json {class_id, class_name, split,
-  source}. All samples of a class lie together, and a tar holds one split.
+  source}, and `columns` where more is known of the image. All samples of a class lie together, and a tar holds one
+  split.
 - `shard-NNNNNN.index.npy`: where each sample lies in that tar (`gcahng.data.shards.index`).
+- `classes.jsonl`: one line per class (`gcahng.data.shards.class_list`).
 - `manifest.json`: what is whole (`gcahng.data.shards.manifest`).
 """
 
 import hashlib
-import json
-import os
-import shutil
-import zlib
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
-from gcahng.data.shards.index import KEY_DIGITS, encode_index, key_text
-from gcahng.data.shards.manifest import (
-    MANIFEST_NAME,
-    MANIFEST_VERSION,
-    ClassInfo,
-    Manifest,
-    ShardInfo,
-)
-from gcahng.errors import DataError
+from gcahng.data.shards.class_list import CLASSES_NAME, ClassInfo, encode_classes
+from gcahng.data.shards.disk import disk_errors, sync
+from gcahng.data.shards.manifest import MANIFEST_NAME, MANIFEST_VERSION, ClassesFile, Manifest, ShardInfo
+from gcahng.data.shards.tar_file import Sample, TarFile
 
-_TAR_BLOCK = 512
+__all__ = ["DEFAULT_SHARD_BYTES", "DEFAULT_WINDOW_BYTES", "Sample", "ShardWriter"]
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One sample to write.
-
-    Attributes:
-        image: Encoded image.
-        extension: "jpg" or "png".
-        class_name: Class, by name.
-        split: Split, by name.
-        source: Where the image came from.
-    """
-
-    image: bytes
-    extension: str
-    class_name: str
-    split: str
-    source: str
-
-
-class PartialFolder:
-    """A folder written beside its final place and renamed at the end.
-
-    As a context manager it removes the partial folder on any exception, so that a failed
-    conversion leaves nothing. A killed process leaves `OUT.partial`, which no reader accepts: it
-    has no manifest.
-
-    Args:
-        out: Final place.
-        overwrite: Replace a shard folder that exists there, and what a killed conversion left.
-    """
-
-    def __init__(self, out: Path, overwrite: bool = False) -> None:
-        self.out = Path(out)
-        self.overwrite = overwrite
-        self.path = self.out.with_name(self.out.name + ".partial")
-
-    def __enter__(self) -> Path:
-        """Create the partial folder.
-
-        Raises:
-            DataError: Something is in the way.
-        """
-        self._check_out()
-        if self.overwrite and self.path.exists():
-            shutil.rmtree(self.path)
-        if self.path.exists():
-            raise DataError(
-                f"{self.path} exists: another conversion is writing there or one was killed. "
-                "Wait for it, or delete the folder, or pass --overwrite."
-            )
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir()  # fails if another conversion made it since
-        except OSError as error:
-            raise DataError(f"Cannot create {self.path} ({error.strerror}). Give another --out.") from None
-        return self.path
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
-            return
-        try:
-            self._publish()
-        except BaseException:
-            shutil.rmtree(self.path, ignore_errors=True)
-            raise
-
-    def _check_out(self) -> None:
-        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
-            return
-        if not self.overwrite:
-            raise DataError(f"{self.out} exists already. Give another --out, or pass --overwrite to replace it.")
-        if not (self.out / MANIFEST_NAME).is_file():
-            raise DataError(
-                f"{self.out} exists and is not a shard folder (it has no {MANIFEST_NAME}), so "
-                "--overwrite does not delete it. Give another --out or delete it yourself."
-            )
-
-    def _publish(self) -> None:
-        self._check_out()
-        old = None
-        if self.out.exists():
-            old = self.out.with_name(f"{self.out.name}.old-{os.getpid()}")
-            self.out.rename(old)
-        self.path.rename(self.out)
-        _sync(self.out.parent)
-        if old is not None:
-            shutil.rmtree(old)
+DEFAULT_SHARD_BYTES = 256 << 20
+DEFAULT_WINDOW_BYTES = 8 << 30
 
 
 class ShardWriter:
     """Writes samples, which come class by class, into tars of about `shard_bytes`.
 
-    A tar holds one split. Class ids count classes in order of appearance.
+    A tar holds one split. A new tar starts with a class, once the present one has `shard_bytes`; inside of a class
+    only once it has twice as many, so that a class lies in one tar unless it is big itself. Class ids count classes
+    in order of appearance.
 
     Args:
         directory: Existing empty folder.
-        shard_bytes: A new tar starts once the current one has this many bytes.
+        shard_bytes: See above.
+        on_tar: Called with every finished tar, once it is on disk.
+
+    Attributes:
+        num_samples: Samples so far.
     """
 
-    def __init__(self, directory: Path, shard_bytes: int = 256 << 20) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        on_tar: Callable[[ShardInfo], None] | None = None,
+    ) -> None:
         self.directory = directory
         self.shard_bytes = shard_bytes
         self.num_samples = 0
+        self._on_tar = on_tar
         self._shards: list[ShardInfo] = []
-        self._tar: _TarFile | None = None
+        self._tar: TarFile | None = None
+        self._class_name: str | None = None  # of the last sample
         self._class_ids: dict[str, int] = {}
         self._class_splits: list[dict[str, int]] = []
 
-    def write(self, sample: Sample) -> None:
-        """Append one sample."""
-        class_id = self._class_id(sample)
-        tar = self._tar
-        if tar is None or tar.split != sample.split or tar.size >= self.shard_bytes:
-            self._finish_tar()
-            tar = self._tar = _TarFile(self.directory, len(self._shards), sample.split)
-        tar.write(self.num_samples, class_id, sample)
-        self.num_samples += 1
-        splits = self._class_splits[class_id]
-        splits[sample.split] = splits.get(sample.split, 0) + 1
+    @property
+    def shards(self) -> tuple[ShardInfo, ...]:
+        """Finished tars."""
+        return tuple(self._shards)
 
-    def finish(self, source: str, seed: int, extra: dict[str, Any]) -> Manifest:
-        """Write the last tar and the manifest."""
-        self._finish_tar()
-        classes = [
-            ClassInfo(class_id, name, next(iter(splits)), sum(splits.values()))
-            for (name, class_id), splits in zip(self._class_ids.items(), self._class_splits, strict=True)
-        ]
+    def splits(self) -> dict[str, dict[str, int]]:
+        """Split -> {"classes": count, "images": count}, of what has been written."""
         counts: dict[str, dict[str, int]] = {}
-        for shard in self._shards:
-            counts.setdefault(shard.split, {"classes": 0, "images": 0})
         for splits in self._class_splits:
             for split, images in splits.items():
-                counts[split]["classes"] += 1
-                counts[split]["images"] += images
-        manifest = Manifest(MANIFEST_VERSION, source, seed, tuple(self._shards), tuple(classes), counts, extra)
-        manifest.save(self.directory)
-        _sync(self.directory / MANIFEST_NAME)
-        _sync(self.directory)
+                count = counts.setdefault(split, {"classes": 0, "images": 0})
+                count["classes"] += 1
+                count["images"] += images
+        return counts
+
+    def class_splits(self) -> Iterator[tuple[str, str]]:
+        """Every class with every split that it has samples in."""
+        for name, splits in zip(self._class_ids, self._class_splits, strict=True):
+            yield from ((name, split) for split in splits)
+
+    def resume(self, shards: Sequence[ShardInfo], written: Iterable[tuple[str, str]]) -> None:
+        """Go on after tars that are in the folder already.
+
+        Args:
+            shards: These tars.
+            written: Class name and split of every sample in them, in order.
+        """
+        assert not self._shards and not self.num_samples, "only a new writer can go on for another"
+        for class_name, split in written:
+            self._count(class_name, split)
+        self._shards = list(shards)
+        assert self.num_samples == sum(shard.num_samples for shard in shards)
+
+    def write(self, sample: Sample) -> None:
+        """Append one sample.
+
+        Raises:
+            DataError: The disk does not take it.
+        """
+        tar = self._tar
+        if tar is None or self._is_full(tar, sample):
+            self.end_tar()
+            tar = self._tar = TarFile(self.directory, len(self._shards), sample.split)
+        key = self.num_samples
+        tar.write(key, self._count(sample.class_name, sample.split), sample)
+        self._class_name = sample.class_name
+
+    def end_tar(self) -> None:
+        """Finish the present tar, if there is one."""
+        if self._tar is None:
+            return
+        tar, self._tar = self._tar, None
+        try:
+            shard = tar.finish()
+        finally:
+            tar.close()
+        self._shards.append(shard)
+        if self._on_tar:
+            self._on_tar(shard)
+
+    def finish(
+        self,
+        source: str,
+        seed: int,
+        extra: dict[str, Any],
+        window_bytes: int = DEFAULT_WINDOW_BYTES,
+        class_columns: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> Manifest:
+        """Write the last tar, the list of classes and the manifest.
+
+        Args:
+            source: Name of the source.
+            seed: Of the conversion.
+            extra: See `Manifest`.
+            window_bytes: See `Manifest`.
+            class_columns: Class name -> what else is known of it.
+
+        Raises:
+            DataError: The disk does not take it.
+        """
+        self.end_tar()
+        columns = class_columns or {}
+        classes = [
+            ClassInfo(class_id, name, next(iter(splits)), sum(splits.values()), columns.get(name, {}))
+            for (name, class_id), splits in zip(self._class_ids.items(), self._class_splits, strict=True)
+        ]
+        listed = encode_classes(classes)
+        file = ClassesFile(CLASSES_NAME, len(classes), hashlib.sha256(listed).hexdigest())
+        manifest = Manifest(MANIFEST_VERSION, source, seed, window_bytes, self.shards, file, self.splits(), extra)
+        with disk_errors(self.directory):
+            (self.directory / CLASSES_NAME).write_bytes(listed)
+            sync(self.directory / CLASSES_NAME)
+            manifest.save(self.directory)
+            sync(self.directory / MANIFEST_NAME)
+            sync(self.directory)
         return manifest
 
     def close(self) -> None:
@@ -183,107 +161,15 @@ class ShardWriter:
             self._tar.close()
             self._tar = None
 
-    def _class_id(self, sample: Sample) -> int:
-        class_id = self._class_ids.setdefault(sample.class_name, len(self._class_ids))
+    def _is_full(self, tar: TarFile, sample: Sample) -> bool:
+        limit = self.shard_bytes if sample.class_name != self._class_name else 2 * self.shard_bytes
+        return tar.split != sample.split or tar.size >= limit
+
+    def _count(self, class_name: str, split: str) -> int:
+        class_id = self._class_ids.setdefault(class_name, len(self._class_ids))
         if class_id == len(self._class_splits):
             self._class_splits.append({})
+        splits = self._class_splits[class_id]
+        splits[split] = splits.get(split, 0) + 1
+        self.num_samples += 1
         return class_id
-
-    def _finish_tar(self) -> None:
-        if self._tar is not None:
-            tar, self._tar = self._tar, None
-            self._shards.append(tar.finish())
-
-
-class _TarFile:
-    """One tar under construction, with the rows of its index."""
-
-    def __init__(self, directory: Path, number: int, split: str) -> None:
-        import webdataset  # imports torch; readers and worker processes do without
-
-        self.directory = directory
-        self.name = f"shard-{number:06d}.tar"
-        self.index_name = f"shard-{number:06d}.index.npy"
-        self.split = split
-        self._file = (directory / self.name).open("wb")
-        self._stream = _HashingStream(self._file)
-        self._writer = webdataset.TarWriter(self._stream, encoder=False, mtime=0)
-        self._rows: list[tuple[int, ...]] = []
-        self.size = 0
-
-    def write(self, key: int, class_id: int, sample: Sample) -> None:
-        meta = {
-            "class_id": class_id,
-            "class_name": sample.class_name,
-            "split": sample.split,
-            "source": sample.source,
-        }
-        members = {
-            sample.extension: sample.image,
-            "json": json.dumps(meta).encode(),
-        }
-        offsets = {}
-        for extension in sorted(members):  # the order in which TarWriter writes them
-            offsets[extension] = self.size + _TAR_BLOCK
-            blocks = -(-len(members[extension]) // _TAR_BLOCK)
-            self.size += (1 + blocks) * _TAR_BLOCK
-        assert len(key_text(key)) == KEY_DIGITS, "more samples than a key has digits for"
-        self._writer.write({"__key__": key_text(key), **members})
-        assert self._writer.tarstream.offset == self.size, "a tar header is not one block"
-        self._rows.append(
-            (
-                key,
-                class_id,
-                zlib.crc32(sample.image),
-                offsets[sample.extension],
-                len(sample.image),
-                offsets["json"],
-                len(members["json"]),
-            )
-        )
-
-    def close(self) -> None:
-        self._writer.close()
-        self._file.close()
-
-    def finish(self) -> ShardInfo:
-        self._writer.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        index = encode_index(self._rows)
-        index_path = self.directory / self.index_name
-        index_path.write_bytes(index)
-        _sync(index_path)
-        return ShardInfo(
-            name=self.name,
-            bytes=self._stream.size,
-            sha256=self._stream.digest.hexdigest(),
-            num_samples=len(self._rows),
-            index_name=self.index_name,
-            index_sha256=hashlib.sha256(index).hexdigest(),
-            split=self.split,
-        )
-
-
-class _HashingStream:
-    """Passes writes on and keeps their checksum, so that no tar is read a second time."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, content: bytes) -> int:
-        self.digest.update(content)
-        self.size += len(content)
-        return self._file.write(content)
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to disk: a rename must not be remembered before its contents."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,11 +1,12 @@
 """A manifest is complete and consistent, or one error says what is wrong with which file."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from gcahng.data.shards.manifest import ClassInfo, Manifest, ShardInfo
+from gcahng.data.shards.manifest import ClassesFile, Manifest, ShardInfo, own_checksum, read_manifest_json
 from gcahng.errors import DataError
 
 
@@ -16,15 +17,12 @@ def shard(number: int, split: str, num_samples: int) -> ShardInfo:
 @pytest.fixture
 def manifest() -> Manifest:
     return Manifest(
-        version=1,
+        version=2,
         source="folder",
         seed=3,
+        window_bytes=1 << 20,
         shards=(shard(0, "train", 5), shard(1, "test", 2)),
-        classes=(
-            ClassInfo(0, "sparrow", "train", 3),
-            ClassInfo(1, "wren \u00e9", "train", 2),
-            ClassInfo(2, "finch", "test", 2),
-        ),
+        classes=ClassesFile("classes.jsonl", 3, "dd"),
         splits={"train": {"classes": 2, "images": 5}, "test": {"classes": 1, "images": 2}},
         extra={"skipped": []},
     )
@@ -68,10 +66,10 @@ def test_not_json(tmp_path: Path) -> None:
         Manifest.load(tmp_path)
 
 
-@pytest.mark.parametrize(("content", "got"), [('{"version": 9}', "9"), ("[1]", "None")])
+@pytest.mark.parametrize(("content", "got"), [('{"version": 1}', "1"), ('{"version": true}', "True"), ("[1]", "None")])
 def test_wrong_version(tmp_path: Path, content: str, got: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(DataError, match=rf"expected version 1, got {got}\. Convert"):
+    with pytest.raises(DataError, match=rf"expected version 2, got {got}\. Convert"):
         Manifest.load(tmp_path)
 
 
@@ -80,8 +78,12 @@ def test_wrong_version(tmp_path: Path, content: str, got: str) -> None:
     [
         ({"seed": "three"}, r"`seed` is malformed: expected int, got three"),
         ({"splits": {"train": 5}}, r"`splits\.train` is malformed: .* got 5"),
-        ({"shards": [{"name": "0.tar"}]}, r"ShardInfo is malformed: expected \{name: str"),
-        ({"classes": [7]}, r"ClassInfo is malformed: .* got 7"),
+        ({"shards": [{"name": "0.tar"}]}, r"an entry of `shards` is malformed: expected \{name: str"),
+        ({"shards": [7]}, r"an entry of `shards` is malformed: expected \{name: str.* got 7"),
+        ({"window_bytes": "8G"}, r"`window_bytes` is malformed: expected int, got 8G"),
+        ({"seed": True}, r"`seed` is malformed: expected int, got True"),
+        ({"classes": [7]}, r"`classes` is malformed: expected dict, got \[7\]"),
+        ({"classes": {"name": 1}}, r"`classes` is malformed: expected \{name: str, count: int, sha256: str\}"),
     ],
 )
 def test_malformed_entries(manifest: Manifest, tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -92,29 +94,36 @@ def test_malformed_entries(manifest: Manifest, tmp_path: Path, changes: dict[str
 
 
 @pytest.mark.parametrize(
-    ("table", "row", "field", "value", "message"),
+    ("path", "value", "message"),
     [
-        ("shards", 0, "name", "../0.tar", r"with a path: expected \[\], got \['\.\./0\.tar'\]"),
-        ("shards", 1, "name", "0.tar", r"repeated file names: expected \[\], got \['0\.tar'\]"),
-        ("classes", 1, "class_id", 5, r"class ids: expected 0\.\.2, got \[0, 5, 2\]"),
-        ("classes", 1, "name", "finch", r"repeated class names: expected \[\], got \['finch'\]"),
-        ("classes", 0, "num_samples", 4, r"samples of all classes: expected 7, got 8"),
-        ("classes", 0, "split", "dev", r"splits of classes: expected \[\], got \['dev'\]"),
+        (("shards", 0, "name"), "../0.tar", r"with a path: expected \[\], got \['\.\./0\.tar'\]"),
+        (("shards", 0, "index_name"), "..", r"with a path: expected \[\], got \['\.\.'\]"),
+        (("shards", 0, "name"), "a?b.tar", r"with a path: expected \[\], got \['a\?b\.tar'\]"),
+        (("classes", "name"), "/etc/classes", r"with a path: expected \[\], got \['/etc/classes'\]"),
+        (("shards", 1, "name"), "0.tar", r"repeated file names: expected \[\], got \['0\.tar'\]"),
+        (("classes", "name"), "manifest.json", r"repeated file names: expected \[\], got \['manifest\.json'\]"),
+        (("shards", 1, "num_samples"), 0, r"shards without samples: expected \[\], got \['1\.tar'\]"),
+        (("shards", 1, "bytes"), 0, r"shards without bytes: expected \[\], got \['1\.tar'\]"),
+        (("window_bytes",), 0, r"window_bytes: expected at least 1, got 0"),
+        (("splits", "train", "classes"), 9, r"splits with .* than all classes: expected \[\], got \['train'\]"),
+        (("splits", "test", "classes"), 0, r"splits with fewer than 1 .*: expected \[\], got \['test'\]"),
+        (("classes", "count"), 4, r"classes over all splits: expected at least 4, got 3"),
     ],
 )
 def test_contradictions(
     manifest: Manifest,
     tmp_path: Path,
-    table: str,
-    row: int,
-    field: str,
+    path: tuple[str | int, ...],
     value: object,
     message: str,
 ) -> None:
     manifest.save(tmp_path)
     raw = json.loads((tmp_path / "manifest.json").read_text())
-    raw[table][row][field] = value
-    damage(tmp_path, **{table: raw[table]})
+    place = raw
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    damage(tmp_path, **raw)
     with pytest.raises(DataError, match=f"contradicts itself: .*{message}"):
         Manifest.load(tmp_path)
 
@@ -124,3 +133,34 @@ def test_split_counts_must_match_the_shards(manifest: Manifest, tmp_path: Path) 
     damage(tmp_path, splits={"train": {"classes": 2, "images": 7}})
     with pytest.raises(DataError, match="images per split: expected .*'test': 2"):
         Manifest.load(tmp_path)
+
+
+def test_digest_follows_windows_and_classes(manifest: Manifest) -> None:
+    others = [
+        dataclasses.replace(manifest, window_bytes=1),
+        dataclasses.replace(manifest, classes=ClassesFile("classes.jsonl", 3, "ee")),
+    ]
+    assert len({manifest.digest(), *(other.digest() for other in others)}) == 3
+
+
+def test_a_copy_under_another_name_is_called_by_its_place(manifest: Manifest, tmp_path: Path) -> None:
+    manifest.save(tmp_path)
+    copy = (tmp_path / "manifest.json").rename(tmp_path / "0f3a.copy")
+    assert Manifest.load(copy, where="https://host/set/manifest.json") == manifest
+    copy.write_text("{}")
+    with pytest.raises(DataError, match=r"^https://host/set/manifest\.json: expected version 2, got None"):
+        Manifest.load(copy, where="https://host/set/manifest.json")
+
+
+def test_a_manifest_of_any_version_is_read_unchecked(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"version": 1, "source": "glyphs"}')
+    assert read_manifest_json(tmp_path) == ({"version": 1, "source": "glyphs"}, str(tmp_path / "manifest.json"))
+
+
+def test_own_checksum_covers_everything_but_itself(manifest: Manifest, tmp_path: Path) -> None:
+    manifest.save(tmp_path)
+    raw, _ = read_manifest_json(tmp_path)
+    assert raw["manifest_sha256"] == own_checksum(raw)
+    assert own_checksum(raw | {"manifest_sha256": ""}) == raw["manifest_sha256"]
+    assert own_checksum(raw | {"seed": 4}) != raw["manifest_sha256"]
+    assert own_checksum(raw | {"extra": {"skipped": [], "more": 1}}) != raw["manifest_sha256"]
