@@ -1,22 +1,40 @@
-"""Conversion of a source to a shard folder: list, load in worker processes, write in order."""
+"""Conversion of a source to a shard folder: list, load in worker processes, write in order.
 
-import hashlib
-from collections import Counter
-from collections.abc import Iterable, Sequence
+A conversion that was stopped, killed or failed goes on when the same call is made again, and the result is the same
+byte by byte as that of an undisturbed one (`gcahng.data.conversion.partial_folder`, `.journal`, `.resume`).
+"""
+
+import logging
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from tqdm import tqdm
 
-from gcahng.data.conversion.image_loading import Loaded, load_all
-from gcahng.data.shards.manifest import Manifest
-from gcahng.data.shards.writer import PartialFolder, Sample, ShardWriter
-from gcahng.data.sources.source import TRAIN, Fault, Source, SourceItem, seeded_order
+from gcahng.data.conversion.duplicates import count_duplicates, image_digest
+from gcahng.data.conversion.fingerprint import fingerprint
+from gcahng.data.conversion.image_file import EncodeSettings
+from gcahng.data.conversion.image_loading import load_all
+from gcahng.data.conversion.journal import Journal
+from gcahng.data.conversion.partial_folder import PartialFolder
+from gcahng.data.conversion.protocol import check_protocol, count_items, protocol_line, unseen_test_classes
+from gcahng.data.conversion.resume import take_over
+from gcahng.data.conversion.summary import summary
+from gcahng.data.conversion.writing_order import without_repeated_names, writing_order
+from gcahng.data.shards.manifest import Manifest, ShardInfo
+from gcahng.data.shards.skipped import skipped_extra
+from gcahng.data.shards.tar_file import Sample
+from gcahng.data.shards.writer import DEFAULT_SHARD_BYTES, DEFAULT_WINDOW_BYTES, ShardWriter
+from gcahng.data.sources.source import Fault, Listing, Source, SourceItem
 from gcahng.errors import DataError, InputError
 
+__all__ = ["DEFAULT_SHARD_BYTES", "DEFAULT_WINDOW_BYTES", "OnError", "convert", "summary"]
+
 OnError = Literal["fail", "skip"]
-DEFAULT_SHARD_BYTES = 256 << 20
+
+log = logging.getLogger(__name__)
 
 
 def convert(
@@ -27,77 +45,62 @@ def convert(
     workers: int = 1,
     on_error: OnError = "fail",
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    window_bytes: int = DEFAULT_WINDOW_BYTES,
     overwrite: bool = False,
     progress: bool = False,
+    encode: EncodeSettings | None = None,
+    allow_mismatch: bool = False,
 ) -> Manifest:
     """Convert a source to the shard folder `out`, which appears only when it is whole.
 
-    The bytes that are written depend on the source and the seed, never on `workers`.
+    The bytes that are written depend on the source, the seed, the sizes and `encode`, never on `workers` or on how
+    often the conversion was interrupted. An interrupted one leaves `OUT.partial`; the same call continues there.
 
     Args:
         source: What to convert.
         out: Shard folder to create.
         seed: Order in which classes are laid out inside of each split.
         workers: Processes that load and check images; with 1 this process does it.
-        on_error: "fail" stops at the first unreadable image or empty class; "skip" leaves it out,
+        on_error: "fail" stops at the first unreadable or repeated image or empty class; "skip" leaves it out,
             counts it and lists it in the manifest.
-        shard_bytes: A new tar starts once the current one has this many bytes.
-        overwrite: Replace a shard folder at `out`.
+        shard_bytes: A new tar starts with a class, once the present one has this many bytes.
+        window_bytes: Bytes of shards that an epoch plan draws batches from at a time.
+        overwrite: Replace a shard folder at `out`, and start anew where an earlier call without it was interrupted.
         progress: Show a progress bar on stderr.
+        encode: How images are encoded anew; None keeps their bytes.
+        allow_mismatch: Go on where the counts differ from those that the source's authors published.
 
     Raises:
         InputError: An argument is out of range.
-        DataError: The source or an image cannot be converted, or `out` is in the way.
+        DataError: The source or an image cannot be converted, `out` is in the way, or the disk is full.
     """
     if on_error not in get_args(OnError):
         raise InputError(f"`on_error` must be fail or skip, got {on_error!r}.")
-    for name, value in (("workers", workers), ("shard_bytes", shard_bytes)):
+    for name, value in (("workers", workers), ("shard_bytes", shard_bytes), ("window_bytes", window_bytes)):
         if value < 1:
             raise InputError(f"`{name}` must be at least 1, got {value}.")
-    faults = _Faults(on_error)
-    with PartialFolder(Path(out), overwrite) as directory:
-        listing = source.listing()
-        for fault in listing.faults:
-            faults.add(fault)
-        items = _writing_order(listing.items, seed)
-        with (
-            closing(ShardWriter(directory, shard_bytes)) as writer,
-            closing(load_all(source, items, workers)) as loaded,
-        ):
-            bar = tqdm(items, desc=source.name, unit="image", disable=not progress)
-            duplicates = _write(writer, zip(bar, loaded, strict=True), faults)
-            if not writer.num_samples:
-                raise DataError(
-                    f"Source {source.name!r} has no readable images: expected at least 1, got "
-                    f"{len(faults.skipped)} unreadable ones. Check --source."
-                )
-            extra = {**listing.extra, "duplicates": duplicates, "skipped": faults.skipped}
-            return writer.finish(source.name, seed, extra)
+    options = _Options(seed, workers, shard_bytes, window_bytes, progress, encode, allow_mismatch)
+    folder = PartialFolder(Path(out), overwrite)
+    try:
+        with folder:
+            return _convert(source, folder, options, _Faults(on_error))
+    except InputError as error:
+        if advice := folder.advice():
+            raise type(error)(f"{error} {advice}") from error
+        raise
 
 
-def summary(manifest: Manifest, out: Path | str) -> str:
-    """What a conversion made, for people."""
-    lines = [
-        f"{split}: {counts['classes']} classes, {counts['images']} images" for split, counts in manifest.splits.items()
-    ]
-    extra = manifest.extra
-    merged = extra.get("merged", {})
-    if merged:
-        swallowed = sum(len(members) for members in merged.values())
-        lines.append(f"merged: {swallowed} characters into {len(merged)} others")
-    dropped = extra.get("dropped", {})
-    if dropped:
-        lines.append("dropped: " + ", ".join(f"{len(v)} {k}" for k, v in dropped.items()))
-    if extra.get("ignored_files"):
-        lines.append(f"ignored: {extra['ignored_files']} files that are not images")
-    lines.append(f"duplicates within a class: {extra.get('duplicates', 0)} (kept)")
-    skipped = extra.get("skipped", [])
-    lines.append(f"skipped: {len(skipped)}")
-    lines += [f"  {entry['source']}: {entry['reason']}" for entry in skipped[:10]]
-    size = sum(shard.bytes for shard in manifest.shards)
-    lines.append(f"shards: {len(manifest.shards)}, {size / 1e6:.1f} MB")
-    lines.append(f"path: {out}")
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class _Options:
+    """See `convert`."""
+
+    seed: int
+    workers: int
+    shard_bytes: int
+    window_bytes: int
+    progress: bool
+    encode: EncodeSettings | None
+    allow_mismatch: bool
 
 
 class _Faults:
@@ -107,52 +110,129 @@ class _Faults:
         self._on_error = on_error
         self.skipped: list[dict[str, str]] = []
 
-    def add(self, fault: Fault) -> None:
+    def add(self, fault: Fault, listed: int = 1) -> None:
         if self._on_error == "fail":
+            more = f" Faults in the listing: {listed}." if listed > 1 else ""
             raise DataError(
-                f"Cannot convert {fault.source}: {fault.reason} (--on-error skip leaves such "
+                f"Cannot convert {fault.source}: {fault.reason}{more} (--on-error skip leaves such "
                 "entries out and lists them.)"
             )
         self.skipped.append({"source": fault.source, "reason": fault.reason})
 
 
-def _write(writer: ShardWriter, results: Iterable[tuple[SourceItem, Loaded | Fault]], faults: _Faults) -> int:
-    """Write all images; returns how many repeat an earlier one of their class byte by byte."""
-    duplicates, seen, current = 0, set[bytes](), ""
-    for item, result in results:
-        if isinstance(result, Fault):
-            faults.add(result)
-            continue
-        if item.class_name != current:
-            current, seen = item.class_name, set()
-        digest = hashlib.blake2b(result.image, digest_size=16).digest()
-        duplicates += digest in seen
-        seen.add(digest)
-        writer.write(Sample(result.image, result.extension, item.class_name, item.split, item.source))
-    return duplicates
+class _TarLog:
+    """Notes in the journal what a finished tar has; called by the writer."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self.place = 0  # of the item at work; when a tar is finished, the first that is not in it
+        self.left_out: list[int] = []
+        self.digests = bytearray()
+
+    def __call__(self, shard: ShardInfo) -> None:
+        self._journal.add(shard, self.place, self.left_out, bytes(self.digests))
+        self.left_out.clear()
+        self.digests.clear()
 
 
-def _writing_order(items: Sequence[SourceItem], seed: int) -> list[SourceItem]:
-    """Split by split (train first), class by class in seeded order; a class keeps its order."""
-    groups: dict[tuple[str, str], list[SourceItem]] = {}
-    for item in items:
-        groups.setdefault((item.split, item.class_name), []).append(item)
-    splits: dict[str, list[str]] = {TRAIN: []}
-    for split, class_name in groups:
-        splits.setdefault(split, []).append(class_name)
-    uses = Counter(class_name for _, class_name in groups)
-    for class_name in splits[TRAIN]:
-        if uses[class_name] > 1:
-            others = sorted(s for s, names in splits.items() if s != TRAIN and class_name in names)
-            raise DataError(
-                f"Class {class_name!r} is in {TRAIN} and in {' and '.join(others)}: expected "
-                "training classes that no other split has, because retrieval is evaluated on "
-                "unseen classes. Remove or rename one of them, or give one folder of classes "
-                "and let the seed split it."
-            )
-    return [
-        item
-        for split, names in splits.items()
-        for class_name in seeded_order(names, seed, "order")
-        for item in groups[split, class_name]
-    ]
+def _convert(source: Source, folder: PartialFolder, options: _Options, faults: _Faults) -> Manifest:
+    listing = _checked_listing(source, options, faults)
+    items = writing_order(listing, options.seed)
+    folder.begin(
+        fingerprint(
+            source,
+            listing,
+            items,
+            seed=options.seed,
+            shard_bytes=options.shard_bytes,
+            window_bytes=options.window_bytes,
+            encode=options.encode,
+        )
+    )
+    if folder.published:
+        return Manifest.load(folder.out)
+    left_out = take_over(
+        source, folder, items, workers=options.workers, encode=options.encode, progress=options.progress
+    )
+    for fault in left_out.values():
+        faults.add(fault)
+    tar_log = _TarLog(folder.journal)
+    with closing(ShardWriter(folder.shards, options.shard_bytes, tar_log)) as writer:
+        tars = folder.journal.tars
+        start = tars[-1].items if tars else 0
+        written = ((item.class_name, item.split) for i, item in enumerate(items[:start]) if i not in left_out)
+        writer.resume([tar.shard for tar in tars], written)
+        _write(source, items, start, writer, tar_log, options, faults)
+        return _finish(source, listing, folder, writer, options, faults)
+
+
+def _checked_listing(source: Source, options: _Options, faults: _Faults) -> Listing:
+    """The listing without what cannot be written, compared with what was published."""
+    listing = source.listing()
+    items, repeated = without_repeated_names(listing.items)
+    found = (*listing.faults, *repeated)
+    for fault in found:
+        faults.add(fault, listed=len(found))
+    protocol = check_protocol(
+        listing.published,
+        count_items(items),
+        unseen_test_classes((item.class_name, item.split) for item in items),
+        allow_mismatch=options.allow_mismatch,
+        stage=f"as listed by source {source.name!r}",
+    )
+    if protocol and not protocol["matches"]:
+        log.warning("%s\nGoing on, as --allow-mismatch says.", protocol_line(protocol))
+    return replace(listing, items=items)
+
+
+def _write(
+    source: Source,
+    items: Sequence[SourceItem],
+    start: int,
+    writer: ShardWriter,
+    tar_log: _TarLog,
+    options: _Options,
+    faults: _Faults,
+) -> None:
+    """Write the items from place `start` on."""
+    rest = items[start:]
+    bar = tqdm(rest, desc=source.name, unit="image", total=len(items), initial=start, disable=not options.progress)
+    with closing(load_all(source, rest, options.workers, options.encode)) as loaded:
+        for place, (item, result) in enumerate(zip(bar, loaded, strict=True), start=start):
+            tar_log.place = place
+            if isinstance(result, Fault):
+                faults.add(result)
+                tar_log.left_out.append(place)
+                continue
+            writer.write(Sample(result.image, result.extension, item.class_name, item.split, item.source, item.columns))
+            tar_log.digests += image_digest(result.image)
+    tar_log.place = len(items)
+    writer.end_tar()
+
+
+def _finish(
+    source: Source, listing: Listing, folder: PartialFolder, writer: ShardWriter, options: _Options, faults: _Faults
+) -> Manifest:
+    skipped = faults.skipped
+    if not writer.num_samples:
+        raise DataError(
+            f"Source {source.name!r} has no readable images: expected at least 1, got "
+            f"{len(skipped)} unreadable ones. Check --source."
+        )
+    extra: dict[str, Any] = {
+        **listing.extra,
+        "duplicates": count_duplicates(folder.shards, writer.shards, folder.journal.digests_path),
+        **skipped_extra(folder.shards, skipped),
+    }
+    if options.encode:
+        extra["encode"] = asdict(options.encode)
+    protocol = check_protocol(
+        listing.published,
+        writer.splits(),
+        unseen_test_classes(writer.class_splits()),
+        allow_mismatch=options.allow_mismatch,
+        stage=f"as written, with {len(skipped)} entries left out,",
+    )
+    if protocol:
+        extra["protocol"] = protocol
+    return writer.finish(source.name, options.seed, extra, options.window_bytes, listing.class_columns)

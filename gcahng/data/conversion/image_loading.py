@@ -11,12 +11,12 @@ from itertools import islice
 from multiprocessing import get_context, parent_process
 from os import _exit
 
-from gcahng.data.conversion.image_file import as_member
+from gcahng.data.conversion.image_file import EncodeSettings, as_member
 from gcahng.data.sources.source import Fault, Source, SourceItem
 from gcahng.errors import DataError
 
-_CHUNK = 32  # items per message to a worker
-_CHUNKS_AHEAD = 4  # per worker: bounds the memory that finished images wait in
+_CHUNK = 16  # items per message to a worker
+_CHUNKS_AHEAD = 3  # per worker: bounds the memory that finished images wait in
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,16 @@ class Loaded:
     extension: str
 
 
-def load_all(source: Source, items: Sequence[SourceItem], workers: int) -> Generator[Loaded | Fault, None, None]:
+def load_all(
+    source: Source, items: Sequence[SourceItem], workers: int, encode: EncodeSettings | None = None
+) -> Generator[Loaded | Fault, None, None]:
     """Load and check all items.
 
     Args:
         source: Where the items are from.
         items: What to load.
         workers: Processes; with 1 this process does it.
+        encode: How images are encoded anew; None keeps their bytes.
 
     Yields:
         One result per item, in the order of the items, however many processes work on them; a
@@ -49,11 +52,11 @@ def load_all(source: Source, items: Sequence[SourceItem], workers: int) -> Gener
     """
     if workers == 1:
         for item in items:
-            yield _load(source, item)
+            yield _load(source, item, encode)
         return
     chunks = (items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK))
     # Spawned, not forked: the caller may have threads, and a fork copies their locks.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (source,))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (source, encode))
     try:
         pending: deque[Future[list[Loaded | Fault]]] = deque(
             pool.submit(_load_chunk, chunk) for chunk in islice(chunks, workers * _CHUNKS_AHEAD)
@@ -71,11 +74,12 @@ def load_all(source: Source, items: Sequence[SourceItem], workers: int) -> Gener
 
 
 _worker_source: Source | None = None
+_worker_encode: EncodeSettings | None = None
 
 
-def _start_worker(source: Source) -> None:
-    global _worker_source
-    _worker_source = source
+def _start_worker(source: Source, encode: EncodeSettings | None) -> None:
+    global _worker_source, _worker_encode
+    _worker_source, _worker_encode = source, encode
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
@@ -90,12 +94,12 @@ def _exit_with_parent() -> None:
 
 def _load_chunk(items: Sequence[SourceItem]) -> list[Loaded | Fault]:
     assert _worker_source is not None
-    return [_load(_worker_source, item) for item in items]
+    return [_load(_worker_source, item, _worker_encode) for item in items]
 
 
-def _load(source: Source, item: SourceItem) -> Loaded | Fault:
+def _load(source: Source, item: SourceItem, encode: EncodeSettings | None) -> Loaded | Fault:
     try:
-        return Loaded(*as_member(source.load(item)))
+        return Loaded(*as_member(source.load(item), encode))
     except OSError as error:
         reason = f"the file cannot be read ({error.strerror or error}). Check its permissions."
         return Fault(item.source, reason)

@@ -1,33 +1,23 @@
 """Conversion: same bytes for any number of workers; faults stop or are listed; all or nothing."""
 
-import io
-import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
+from conversion_cases import Pictures, contents, encoded
 from PIL import Image
 
 from gcahng.data.conversion.convert import convert, summary
+from gcahng.data.conversion.image_file import EncodeSettings
+from gcahng.data.images.decode import decode_image
 from gcahng.data.shards.reader import ShardSet
 from gcahng.data.sources.folder import Folder
-from gcahng.data.sources.source import load_source
+from gcahng.data.sources.source import SourceItem, load_source
 from gcahng.errors import ConfigError, DataError, InputError
 
 REPOSITORY = Path(__file__).parents[3]
-
-
-def encoded(seed: int, kind: str = "JPEG") -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 255, (20, 24, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -40,22 +30,18 @@ def birds(tmp_path: Path) -> Path:
     return directory
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
 def test_workers_do_not_change_a_byte(birds: Path, tmp_path: Path) -> None:
-    for workers in (1, 2):
+    for workers in (1, 2, 3):
         convert(Folder(birds), tmp_path / f"{workers}", workers=workers, shard_bytes=20_000)
-    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
     assert len(list((tmp_path / "1").glob("*.tar"))) > 2
 
 
 def test_classes_are_contiguous_and_train_comes_first(birds: Path, tmp_path: Path) -> None:
     manifest = convert(Folder(birds), tmp_path / "out")
     shards = ShardSet.open(tmp_path / "out", verify=True)
-    assert shards.class_id.tolist() == [i for i in range(6) for _ in range(12)]
-    assert [c.split for c in manifest.classes] == ["train"] * 3 + ["test"] * 3
+    assert shards.class_ids().tolist() == [i for i in range(6) for _ in range(12)]
+    assert [c.split for c in shards.classes] == ["train"] * 3 + ["test"] * 3
     assert manifest.splits == {
         "train": {"classes": 3, "images": 36},
         "test": {"classes": 3, "images": 36},
@@ -63,7 +49,9 @@ def test_classes_are_contiguous_and_train_comes_first(birds: Path, tmp_path: Pat
 
 
 def test_seed_changes_the_order_of_classes(birds: Path, tmp_path: Path) -> None:
-    orders = {tuple(c.name for c in convert(Folder(birds), tmp_path / f"{s}", seed=s).classes) for s in range(4)}
+    for seed in range(4):
+        convert(Folder(birds), tmp_path / f"{seed}", seed=seed)
+    orders = {tuple(c.name for c in ShardSet.open(tmp_path / f"{seed}").classes) for seed in range(4)}
     assert len(orders) > 1
     assert {frozenset(order[:3]) for order in orders} == {frozenset(min(orders)[:3])}
 
@@ -136,8 +124,8 @@ def test_class_with_no_readable_image_has_no_id(birds: Path, tmp_path: Path) -> 
     for path in (birds / "bird 1").iterdir():
         path.write_bytes(b"x")
     manifest = convert(Folder(birds), tmp_path / "out", on_error="skip")
-    assert [c.class_id for c in manifest.classes] == list(range(5))
-    assert "bird 1" not in {c.name for c in manifest.classes}
+    assert manifest.classes.count == 5
+    assert "bird 1" not in {c.name for c in ShardSet.open(tmp_path / "out").classes}
     assert len(manifest.extra["skipped"]) == 12
 
 
@@ -162,12 +150,42 @@ def test_duplicates_within_a_class_are_counted(birds: Path, tmp_path: Path) -> N
     for path in ("bird 0/0.jpg", "bird 0/5.jpg", "bird 0/9.jpg", "bird 1/0.jpg"):
         (birds / path).write_bytes(image)
     manifest = convert(Folder(birds), tmp_path / "out")
-    assert manifest.extra["duplicates"] == 2
+    duplicates = manifest.extra["duplicates"]
+    assert duplicates["within_class"] == 2
+    assert duplicates["across_classes"] + duplicates["across_splits"] == 1
     assert manifest.num_samples == 72
-    assert "duplicates within a class: 2 (kept)" in summary(manifest, tmp_path / "out")
+    text = summary(manifest, tmp_path / "out")
+    assert "duplicates, byte by byte (all kept): 2 within a class, " in text
+    assert "  within class: bird 0/0.jpg (" in text
 
 
-@pytest.mark.parametrize("name", ["workers", "shard_bytes"])
+def test_encoding_anew(birds: Path, tmp_path: Path) -> None:
+    (birds / "bird 1" / "small.jpg").write_bytes(encoded(5, size=(12, 16)))
+    for workers in (1, 2):
+        manifest = convert(Folder(birds), tmp_path / f"{workers}", workers=workers, encode=EncodeSettings(20, 80))
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert manifest.extra["encode"] == {"max_side": 20, "quality": 80}
+    text = summary(manifest, tmp_path / "1")
+    assert "encoded anew: those with a side of more than 20 pixels, as JPEG of quality 80" in text
+    shards = ShardSet.open(tmp_path / "1", verify=True)
+    for row in range(len(shards)):
+        image = decode_image(shards.read(row), name="the image")
+        assert image.size == ((12, 16) if shards.source(row).endswith("small.jpg") else (20, 17))
+    everything = convert(Folder(birds), tmp_path / "3", encode=EncodeSettings(None, 30))
+    assert "encoded anew: all, as JPEG of quality 30" in summary(everything, tmp_path / "3")
+
+
+def test_columns_of_images_and_classes_are_kept(tmp_path: Path) -> None:
+    items = [SourceItem("owl", "train", "1", {"view": "left"}), SourceItem("crow", "test", "2")]
+    source = Pictures(items, class_columns={"crow": {"family": "corvids"}, "stork": {"family": "unused"}})
+    convert(source, tmp_path / "out", window_bytes=123)
+    shards = ShardSet.open(tmp_path / "out", verify=True)
+    assert [shards.meta(row).get("columns") for row in (0, 1)] == [{"view": "left"}, None]
+    assert [(c.name, dict(c.columns)) for c in shards.classes] == [("owl", {}), ("crow", {"family": "corvids"})]
+    assert shards.manifest.window_bytes == 123
+
+
+@pytest.mark.parametrize("name", ["workers", "shard_bytes", "window_bytes"])
 def test_counts_must_be_positive(birds: Path, tmp_path: Path, name: str) -> None:
     options: dict[str, int] = {name: 0}
     with pytest.raises(InputError, match=f"`{name}` must be at least 1, got 0"):
@@ -180,24 +198,23 @@ def test_unknown_way_to_treat_errors(birds: Path, tmp_path: Path) -> None:
 
 
 OWN_SOURCE = '''
-"""A source of one's own: colours that need no files, slowly or until a worker dies."""
-import io, os, time
+"""A source of one's own: colours that need no files, until a worker dies."""
+import io, os
 from PIL import Image
 from gcahng.data.sources.source import Listing, SourceItem
 
 class Colours:
     name = "colours"
 
-    def __init__(self, directory, *, seed, wait="0", die="no", images="20"):
-        self.wait, self.die, self.images = float(wait), die, int(images)
+    def __init__(self, directory, *, seed, die="no"):
+        self.die = die
 
     def listing(self):
         items = [SourceItem(f"{s} {c}", s, f"{s}-{c}-{i}")
-                 for s in ("train", "test") for c in range(4) for i in range(self.images)]
+                 for s in ("train", "test") for c in range(4) for i in range(20)]
         return Listing(items, extra={"colours": 8})
 
     def load(self, item):
-        time.sleep(self.wait)
         if self.die == "yes" and item.source == "test-2-3":
             os._exit(9)
         buffer = io.BytesIO()
@@ -219,9 +236,9 @@ def own_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_own_source_by_dotted_path(own_source: Path, tmp_path: Path) -> None:
-    source = load_source("own_colours:Colours", tmp_path, 0, {"wait": "0"})
+    source = load_source("own_colours:Colours", tmp_path, 0, {"die": "no"})
     manifest = convert(source, tmp_path / "out", workers=2)
-    assert (manifest.source, manifest.extra["colours"], len(manifest.classes)) == ("colours", 8, 8)
+    assert (manifest.source, manifest.extra["colours"], manifest.classes.count) == ("colours", 8, 8)
 
 
 def test_dead_worker_is_reported(own_source: Path, tmp_path: Path) -> None:
@@ -277,58 +294,3 @@ def test_command_line_errors_have_no_traceback(tmp_path: Path) -> None:
     done = run("custom", "--source-class", "a:B", "--source", ".", "--out", "x", "--option", "k")
     assert done.returncode == 2
     assert "expected key=value, got 'k'" in done.stderr
-
-
-def start_slow_conversion(own_source: Path, out: Path) -> "subprocess.Popen[bytes]":
-    process = subprocess.Popen(
-        command(
-            *("custom", "--source-class", "own_colours:Colours", "--source", "."),
-            *("--option", "wait=0.01", "--option", "images=200"),
-            *("--out", out, "--workers", 2, "--quiet"),
-        ),
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": f"{own_source}{os.pathsep}{REPOSITORY}"},
-    )
-    deadline = time.monotonic() + 60
-    while not list(out.parent.glob("out.partial/*.tar")):
-        assert process.poll() is None, "ended before it wrote anything"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return process
-
-
-def test_terminated_conversion_cleans_up(own_source: Path, tmp_path: Path) -> None:
-    process = start_slow_conversion(own_source, tmp_path / "out")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
-    assert [p.name for p in tmp_path.iterdir()] == ["modules"]
-
-
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds child processes in /proc")
-def test_killed_conversion_leaves_nothing_that_looks_whole(own_source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    process = start_slow_conversion(own_source, out)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert children
-    process.kill()
-    process.wait(30)
-    assert not out.exists()
-    for directory in (out, tmp_path / "out.partial"):
-        with pytest.raises(DataError, match=r"manifest\.json is missing"):
-            ShardSet.open(directory)
-    deadline = time.monotonic() + 20
-    while any(is_running(pid) for pid in children):
-        assert time.monotonic() < deadline, "workers outlive the conversion"
-        time.sleep(0.05)
-    source = load_source("own_colours:Colours", tmp_path, 0, {})
-    with pytest.raises(DataError, match="one was killed"):
-        convert(source, out)
-    convert(source, out, overwrite=True)
-    assert json.loads((out / "manifest.json").read_text())["source"] == "colours"
-
-
-def is_running(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
