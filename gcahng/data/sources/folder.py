@@ -1,9 +1,11 @@
-"""Source `folder`: one folder per class, with or without train/ and test/ above."""
+"""Source `folder`: one folder per class, with or without train/, test/, query/, gallery/ above."""
 
 import os
 from pathlib import Path
 
 from gcahng.data.sources.source import (
+    GALLERY,
+    QUERY,
     TEST,
     TRAIN,
     Fault,
@@ -14,12 +16,14 @@ from gcahng.data.sources.source import (
 from gcahng.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+SPLITS = (TRAIN, TEST, QUERY, GALLERY)
 
 
 class Folder:
     """Images as `DIR/<split>/<class>/*` or `DIR/<class>/*`.
 
-    With train/ and test/ inside of `directory` these are the splits. Otherwise the folders are
+    With train/ and test/ inside of `directory` these are the splits; query/ and gallery/, which
+    may share classes, can take the place of test/ or stand beside it. Otherwise the folders are
     classes, and the seed puts a share of the classes into test. Files with other extensions are
     ignored and counted.
 
@@ -40,8 +44,8 @@ class Folder:
         """All images with their class and split.
 
         Raises:
-            DataError: The folder is missing or has no class folders, or a half of train/ and
-                test/.
+            DataError: The folder is missing or has no class folders, or only some of the splits
+                that go together.
         """
         try:
             top = _subfolders(self.directory)
@@ -50,7 +54,7 @@ class Folder:
                 f"Source folder {self.directory} cannot be read ({error.strerror}). Give the "
                 "folder of the classes as --source."
             ) from None
-        if TRAIN in top or TEST in top:
+        if {TRAIN, TEST} & set(top) or {QUERY, GALLERY} <= set(top):
             return self._given_splits(top)
         if not top:
             raise DataError(
@@ -65,16 +69,20 @@ class Folder:
         return (self.directory / item.source).read_bytes()
 
     def _given_splits(self, top: list[str]) -> Listing:
-        if sorted(top) != [TEST, TRAIN]:
+        found = set(top)
+        whole = TRAIN in found and (TEST in found or QUERY in found) and (QUERY in found) == (GALLERY in found)
+        if not whole or found - set(SPLITS):
             raise DataError(
-                f"Source folder {self.directory}: expected {TRAIN}/ and {TEST}/ and no other "
-                f"folder beside them, got {', '.join(name + '/' for name in top)}. Move the "
-                "others away, or give a folder of class folders."
+                f"Source folder {self.directory}: expected {TRAIN}/ with {TEST}/, or with {QUERY}/ "
+                f"and {GALLERY}/, or with all three, and no other folder beside them; got "
+                f"{', '.join(name + '/' for name in top)}. Move the others away, or give a folder "
+                "of class folders."
             )
         return self._collect(
             [
                 (name, split, f"{split}/{name}")
-                for split in (TRAIN, TEST)
+                for split in SPLITS
+                if split in found
                 for name in _subfolders(self.directory / split)
             ]
         )

@@ -2,7 +2,9 @@
 
 A source of one's own is any class with the two methods of `Source`; the command line takes it by
 dotted path and calls `Class(directory, seed=seed, **options)`. Its objects travel to worker
-processes, so they must be picklable and `load` must not depend on what was read before.
+processes, so they must be picklable and `load` must not depend on what was read before. A killed conversion goes on
+with the same source only: its name, its listing and its plain attributes (numbers, text) are compared. An option that
+decides what `load` returns, such as a size in pixels, must be one of these.
 """
 
 import hashlib
@@ -17,6 +19,8 @@ from gcahng.errors import ConfigError, DataError, InputError
 
 TRAIN = "train"
 TEST = "test"
+QUERY = "query"
+GALLERY = "gallery"
 
 
 @dataclass(frozen=True)

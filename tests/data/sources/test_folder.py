@@ -104,12 +104,40 @@ def test_no_class_folders(tmp_path: Path) -> None:
         Folder(tmp_path).listing()
 
 
-@pytest.mark.parametrize(("names", "got"), [(["train"], "train/"), (["train", "test", "val"], "test/, train/, val/")])
-def test_half_of_the_splits_or_more(tmp_path: Path, names: list[str], got: str) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train"],
+        ["test"],
+        ["train", "test", "val"],
+        ["train", "query"],
+        ["train", "test", "gallery"],
+        ["query", "gallery"],
+        ["query", "gallery", "test"],
+        ["train", "query", "gallery", "owls"],
+    ],
+)
+def test_half_of_the_splits_or_more(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         picture(tmp_path / name / "owl" / "a.png")
-    with pytest.raises(DataError, match=f"expected train/ and test/ and no other .* got {got}. Mo"):
+    got = ", ".join(f"{name}/" for name in sorted(names))
+    with pytest.raises(DataError, match=f"expected train/ with test/, or with query/ and .* got {got}. Mo"):
         Folder(tmp_path).listing()
+
+
+@pytest.mark.parametrize("names", [["train", "query", "gallery"], ["train", "test", "query", "gallery"]])
+def test_query_and_gallery(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        picture(tmp_path / name / ("gull" if name == "train" else "owl") / "a.png")
+    listing = Folder(tmp_path).listing()
+    assert [i.split for i in listing.items] == names
+    assert [i.source for i in listing.items if i.class_name == "owl"] == [f"{n}/owl/a.png" for n in names[1:]]
+
+
+def test_classes_may_be_called_query_or_gallery(tmp_path: Path) -> None:
+    picture(tmp_path / "query" / "a.png")
+    picture(tmp_path / "shop" / "b.png")
+    assert {i.class_name for i in Folder(tmp_path).listing().items} == {"query", "shop"}
 
 
 def test_one_class_cannot_be_split(tmp_path: Path) -> None:

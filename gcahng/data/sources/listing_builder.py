@@ -1,0 +1,91 @@
+"""Builds a listing row by row: which files are there, and what all images of a class share."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gcahng.data.sources.source import Fault, Listing, Published, SourceItem
+
+
+class FolderFiles:
+    """Which files a folder has. Every subfolder is listed once, which is far cheaper than to ask for each file.
+
+    Args:
+        root: The folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._names: dict[str, frozenset[str]] = {}
+
+    def __contains__(self, path: str) -> bool:
+        folder, _, name = path.rpartition("/")
+        return name in self.names(folder)
+
+    def names(self, folder: str) -> frozenset[str]:
+        """Names in a subfolder ("" for the root); none where it is missing or cannot be read."""
+        if folder not in self._names:
+            try:
+                self._names[folder] = frozenset(os.listdir(self.root / folder))
+            except OSError:
+                self._names[folder] = frozenset()
+        return self._names[folder]
+
+
+class ListingBuilder:
+    """Collects images with their class and split.
+
+    Args:
+        files: Where the images are; an image that is not there becomes a fault.
+        missing: What to do about a missing file, as a sentence.
+    """
+
+    def __init__(self, files: FolderFiles, missing: str) -> None:
+        self.files = files
+        self.missing = missing
+        self.items: list[SourceItem] = []
+        self.faults: list[Fault] = []
+        self._class_columns: list[Mapping[str, str]] = []  # one per item
+
+    def add(
+        self,
+        class_name: str,
+        split: str,
+        source: str,
+        *,
+        path: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        class_columns: Mapping[str, str] | None = None,
+    ) -> None:
+        """Add one image, or a fault.
+
+        Args:
+            class_name: Its class.
+            split: Its split.
+            source: Its name in the data set, unique.
+            path: Its path below the folder of `files`; by default `source`.
+            columns: What is known of the image.
+            class_columns: What is known of its class, as far as this image tells. Where the images of a class
+                differ in it, each keeps its own.
+        """
+        if (source if path is None else path) not in self.files:
+            self.faults.append(Fault(source, f"there is no such file. {self.missing}"))
+            return
+        self.items.append(SourceItem(class_name, split, source, columns or {}))
+        self._class_columns.append(class_columns or {})
+
+    def listing(self, published: Published | None = None, extra: dict[str, Any] | None = None) -> Listing:
+        """All that was added."""
+        shared: dict[str, Mapping[str, str]] = {}
+        varying: set[str] = set()
+        for item, values in zip(self.items, self._class_columns, strict=True):
+            if shared.setdefault(item.class_name, values) != values:
+                varying.add(item.class_name)
+        items = [
+            replace(item, columns={**values, **item.columns}) if item.class_name in varying else item
+            for item, values in zip(self.items, self._class_columns, strict=True)
+        ]
+        class_columns = {name: values for name, values in shared.items() if values and name not in varying}
+        return Listing(items, self.faults, extra or {}, class_columns, published)
