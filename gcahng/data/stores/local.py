@@ -1,10 +1,10 @@
 """Shards in a folder of this machine or of a file system mounted on it."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from gcahng.data.stores.open_files import OpenFiles
+from gcahng.data.stores.per_process import PerProcess
 from gcahng.data.stores.store import FileFacts
 from gcahng.errors import DataError
 
@@ -14,6 +14,8 @@ _REPAIR = "Restore the file or convert the data set again."
 class LocalStore:
     """Files of one folder, read with `os.pread`, so that forked workers share no file position.
 
+    At most `gcahng.data.stores.open_files.MAX_OPEN_FILES` are open at a time. Safe to use from several threads.
+
     Args:
         directory: The shard folder.
     """
@@ -21,7 +23,7 @@ class LocalStore:
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
         self.location = str(directory)
-        self._handles: dict[str, int] = {}
+        self._files = PerProcess(OpenFiles, keep_inherited=False)
 
     def announce(self, files: Mapping[str, FileFacts]) -> None:
         """Compare the size of every file with what the manifest says.
@@ -62,30 +64,17 @@ class LocalStore:
             DataError: The file cannot be read.
         """
         try:
-            handle = self._handles.get(name)
-            if handle is None:
-                handle = self._open(name)
-            return os.pread(handle, length, offset)
+            return self._files.get().read(self.directory / name, offset, length)
         except OSError as error:
             raise self._unreadable(name, error) from None
 
+    def distrust(self, name: str) -> bool:
+        """No: there is one copy, this one."""
+        return False
+
     def close(self) -> None:
         """Close the open files; the next read opens them again."""
-        while self._handles:
-            os.close(self._handles.popitem()[1])
-
-    def _open(self, name: str) -> int:
-        fresh = os.open(self.directory / name, os.O_RDONLY | os.O_CLOEXEC)
-        handle = self._handles.setdefault(name, fresh)
-        if handle != fresh:  # another thread was first
-            os.close(fresh)
-        return handle
+        self._files.forget()
 
     def _unreadable(self, name: str, error: OSError) -> DataError:
         return DataError(f"Shard file {self.directory / name} cannot be read ({error.strerror}). {_REPAIR}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_handles": {}}  # handles belong to one process
-
-    def __del__(self) -> None:
-        self.close()

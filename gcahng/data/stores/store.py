@@ -51,5 +51,12 @@ class ShardStore(Protocol):
     def expect(self, present: Sequence[str], following: Sequence[str]) -> None:
         """Shards that are read from now on, and those after them. Returns at once."""
 
+    def distrust(self, name: str) -> bool:
+        """Say that bytes of a file were not those that were written: a cached copy of it is given up.
+
+        Returns:
+            Whether reading them again may bring others.
+        """
+
     def close(self) -> None:
         """Give up files, connections and background work; the next read begins anew."""
