@@ -6,16 +6,17 @@ it with the same bytes.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gcahng.data.images.decode import MAX_PIXELS, decode_image
+from gcahng.data.images.decode import MAX_PIXELS, decode_image, decode_picture
+from gcahng.data.images.picture import Picture
 from gcahng.data.images.transform_settings import TransformSettings
 from gcahng.data.images.transforms import eval_transform, train_draws, train_transform
 from gcahng.data.plans.class_table import ClassTable
@@ -28,7 +29,8 @@ OnError = Literal["fail", "skip"]
 class ImageSource(Protocol):
     """Encoded images by row, as `ShardSet` has them. Must pickle into loader workers."""
 
-    class_id: NDArray[np.int64]
+    def class_ids(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Class id of each row."""
 
     def read(self, row: int) -> bytes:
         """The encoded image; DataError where it is damaged."""
@@ -41,6 +43,9 @@ class ImageSource(Protocol):
 class Batch:
     """One training batch, group-major: K groups of P samples, classes in the same order in each.
 
+    With several ranks it is one rank's part of the global batch: P stands for the rank's classes, and
+    the parts put side by side along the classes, in the order of ranks, are the global batch.
+
     Attributes:
         images: (B, 3, H, W) uint8; `gcahng.data.images.transforms.normalise` makes them numbers.
         labels: (B,) int64 training labels, `classes` K times over.
@@ -49,6 +54,9 @@ class Batch:
         num_samples: K.
         skipped: Unreadable images that others of their class replaced.
         problems: What was wrong with them, one message each.
+        repaired: Draws of the sampler that gave way to others, see
+            `gcahng.data.plans.batch_plan.BatchPlan`. Those of the global batch are counted in the part
+            of rank 0, so that a sum over ranks counts them once.
     """
 
     images: Tensor
@@ -58,6 +66,7 @@ class Batch:
     num_samples: int
     skipped: int = 0
     problems: tuple[str, ...] = ()
+    repaired: int = 0
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory (called by torch's DataLoader)."""
@@ -86,19 +95,22 @@ class Failure:
 
 @dataclass(frozen=True, eq=False)
 class TrainRequest:
-    """The samples of one training batch.
+    """The samples of one training batch, or of one rank's part of it.
 
     Attributes:
         epoch: Counted from 0.
         labels: (P,) training labels.
         rows: (K, P) sample rows.
-        positions: (K, P) places of the samples in the epoch over all ranks.
+        positions: (K, P) places of the samples in the epoch over all ranks: crops and flips hang on
+            them, and so are the same for any number of ranks.
+        repaired: Handed on to the `Batch`.
     """
 
     epoch: int
     labels: NDArray[np.int64]
     rows: NDArray[np.int64]
     positions: NDArray[np.int64]
+    repaired: int = 0
 
 
 class TrainImages(Dataset[Batch | Failure]):
@@ -163,6 +175,7 @@ class TrainImages(Dataset[Batch | Failure]):
             num_samples=num_samples,
             skipped=len(problems),
             problems=tuple(problems),
+            repaired=request.repaired,
         )
 
     def _reader(self, epoch: int, position: int) -> Callable[[int], Tensor]:
@@ -173,8 +186,8 @@ class TrainImages(Dataset[Batch | Failure]):
             return _read(
                 self.images,
                 row,
-                self.max_pixels,
-                lambda image: train_transform(image, self.settings, draws),
+                partial(decode_picture, max_pixels=self.max_pixels),
+                lambda picture: train_transform(picture, self.settings, draws),
             )
 
         return read
@@ -222,21 +235,31 @@ class EvalImages(Dataset[tuple[Tensor, Tensor, Tensor] | Failure]):
     def __getitem__(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor] | Failure:
         try:
             images = [
-                _read(self.images, row, self.max_pixels, lambda i: eval_transform(i, self.settings))
+                _read(
+                    self.images,
+                    row,
+                    partial(decode_image, max_pixels=self.max_pixels),
+                    lambda picture: eval_transform(picture, self.settings),
+                )
                 for row in rows.tolist()
             ]
         except InputError as error:
             return Failure(str(error))
-        class_ids = np.asarray(self.images.class_id[rows], dtype=np.int64)
+        class_ids = self.images.class_ids(rows)
         return torch.stack(images), torch.from_numpy(class_ids), torch.from_numpy(rows.copy())
 
 
-def _read(source: ImageSource, row: int, max_pixels: int, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+def _read(
+    source: ImageSource,
+    row: int,
+    decode: Callable[..., Picture],
+    transform: Callable[[Picture], Tensor],
+) -> Tensor:
     content = source.read(row)
     name = _image_name(source, row)
-    image = decode_image(content, name=name, max_pixels=max_pixels)
+    picture = decode(content, name=name)
     try:
-        return transform(image)
+        return transform(picture)
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
 
@@ -244,5 +267,5 @@ def _read(source: ImageSource, row: int, max_pixels: int, transform: Callable[[I
 def _image_name(source: ImageSource, row: int) -> str:
     sample = f"the image of sample {source.key(row)}"
     if isinstance(source, ShardSet):
-        return f"Shard {source.manifest.shards[source.shard[row]].name}: {sample}"
+        return f"Shard {source.shard_name(row)}: {sample}"
     return sample

@@ -10,21 +10,18 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gcahng.data.dataset import (
-    Batch,
-    Failure,
-    ImageSource,
-    OnError,
-    TrainImages,
-    TrainRequest,
-)
+from gcahng.data.dataset import Batch, Failure, ImageSource, OnError, TrainImages
 from gcahng.data.images.decode import MAX_PIXELS
 from gcahng.data.images.transform_settings import TransformSettings
 from gcahng.data.plans.batch_plan import EpochPlan
 from gcahng.data.plans.class_table import ClassTable
 from gcahng.data.plans.plan import make_plan
-from gcahng.data.workers import worker_loader
+from gcahng.data.plans.ranks import rank_classes, rank_sizes
+from gcahng.data.plans.windows import training_shards
+from gcahng.data.requests import Requests
+from gcahng.data.workers import requests_in_flight, worker_loader
 from gcahng.errors import DataError, InputError
 
 __all__ = ["Batch", "EpochLoader", "TrainLoader", "train_loader"]
@@ -33,21 +30,33 @@ __all__ = ["Batch", "EpochLoader", "TrainLoader", "train_loader"]
 class TrainLoader:
     """Batches of P classes x K samples, epoch after epoch, from one set of worker processes.
 
+    With several ranks every rank has a loader of the same arguments but `rank`, and each yields its
+    own classes of every batch: same number of batches everywhere, and the same global batches for any
+    number of ranks. Nothing is exchanged.
+
     Args:
-        shards: Where encoded images come from.
+        shards: Where encoded images come from. If it has `expect(present, following)`, it is told
+            which shards are read now and next.
         table: Training classes.
         seed: Seed of the run: decides plans, crops and flips.
         num_classes: P.
         num_samples: K.
         transform: Transforms of training images.
         sampler: Name or dotted path, see `gcahng.data.plans.plan.make_plan`.
+        passes: Passes per epoch, for samplers that count in them.
+        rank: Which part of each batch this loader yields, in 0..world_size-1.
+        world_size: W, number of ranks.
         num_workers: Worker processes; 0 works in this process.
         on_error: "fail" or "skip", see `gcahng.data.dataset.TrainImages`.
         pin_memory: Put batches into page-locked memory (for copies to a CUDA device).
         max_pixels: Limit of a decoded image.
     Raises:
-        InputError: P, K or `num_workers` is impossible, or `on_error` has another value.
-        ConfigError: There is no such sampler.
+        InputError: P, K, the rank or `num_workers` is impossible, P < W, or `on_error` has another
+            value.
+        ConfigError: There is no such sampler, or it has no passes.
+
+    Attributes:
+        rank_sizes: (W,) classes of a batch that each rank holds.
     """
 
     def __init__(
@@ -60,6 +69,9 @@ class TrainLoader:
         num_samples: int,
         transform: TransformSettings,
         sampler: str = "uniform",
+        passes: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
         num_workers: int = 0,
         on_error: OnError = "fail",
         pin_memory: bool = False,
@@ -73,26 +85,41 @@ class TrainLoader:
             "num_classes": num_classes,
             "num_samples": num_samples,
             "sampler": sampler,
+            "passes": passes,
         }
+        self.rank_sizes = rank_sizes(num_classes, world_size)
         self.plan(0)  # a fault of the arguments is found now, not in the first epoch
-        self._requests = _Requests()
+        self._requests = Requests(
+            rank_classes(num_classes, rank, world_size),
+            getattr(shards, "expect", None),
+            lambda: training_shards(table),
+            requests_in_flight(num_workers),
+        )
         images = TrainImages(shards, table, transform, seed, on_error, max_pixels)
         self._make_loader = partial(worker_loader, images, self._requests, num_workers, pin_memory, keep=True)
         self._loader = self._make_loader()
 
-    def plan(self, epoch: int) -> EpochPlan:
-        """The plan of an epoch."""
-        return make_plan(self._table, epoch=epoch, **self._plan_options)
+    def plan(self, epoch: int, class_centres: NDArray[np.floating[Any]] | None = None) -> EpochPlan:
+        """The plan of an epoch, whole batches over all ranks."""
+        return make_plan(self._table, epoch=epoch, class_centres=class_centres, **self._plan_options)
 
-    def epoch_iterator(self, epoch: int, start_batch: int = 0) -> "EpochLoader":
+    def epoch_iterator(
+        self, epoch: int, start_batch: int = 0, class_centres: NDArray[np.floating[Any]] | None = None
+    ) -> "EpochLoader":
         """The batches of an epoch, from `start_batch` on.
 
         One epoch at a time: it becomes invalid when the next one is begun.
 
+        Args:
+            epoch: Counted from 0.
+            start_batch: Batches to leave out, for a run that goes on in the middle of an epoch.
+            class_centres: (N, D) mean embedding of each training class, for a sampler that puts
+                similar classes together; the same on every rank.
         Raises:
-            InputError: `start_batch` is not in 0..number of batches, or the epoch is negative.
+            InputError: `start_batch` is not in 0..number of batches, the epoch is negative, or the
+                centres have another shape.
         """
-        plan = self.plan(epoch)
+        plan = self.plan(epoch, class_centres)
         if not 0 <= start_batch <= len(plan):
             raise InputError(
                 f"`start_batch` must be from 0 to {len(plan)}, got {start_batch}: epoch {epoch} "
@@ -149,15 +176,11 @@ def train_loader(
     num_classes: int,
     num_samples: int,
     transform: TransformSettings,
-    sampler: str = "uniform",
-    num_workers: int = 0,
-    on_error: OnError = "fail",
-    pin_memory: bool = False,
-    max_pixels: int = MAX_PIXELS,
+    **options: Any,
 ) -> EpochLoader:
     """The batches of one epoch; `TrainLoader` keeps its workers over epochs.
 
-    Args: see `TrainLoader` and `TrainLoader.epoch_iterator`.
+    Args: see `TrainLoader`, whose other arguments are the `options`, and `TrainLoader.epoch_iterator`.
     """
     loader = TrainLoader(
         shards,
@@ -166,31 +189,6 @@ def train_loader(
         num_classes=num_classes,
         num_samples=num_samples,
         transform=transform,
-        sampler=sampler,
-        num_workers=num_workers,
-        on_error=on_error,
-        pin_memory=pin_memory,
-        max_pixels=max_pixels,
+        **options,
     )
     return loader.epoch_iterator(epoch, start_batch)
-
-
-class _Requests:
-    """The requests of the epoch at hand: the sampler of torch's DataLoader."""
-
-    def __init__(self) -> None:
-        self.run = 0
-        self._epoch: tuple[EpochPlan, int, int] | None = None
-
-    def begin(self, plan: EpochPlan, epoch: int, start_batch: int) -> None:
-        self.run += 1
-        self._epoch = (plan, epoch, start_batch)
-
-    def __iter__(self) -> Iterator[TrainRequest]:
-        assert self._epoch is not None, "no epoch was begun"
-        plan, epoch, start_batch = self._epoch
-        for index in range(start_batch, len(plan)):
-            batch = plan.batch(index)
-            first = index * batch.rows.size
-            positions = np.arange(first, first + batch.rows.size).reshape(batch.rows.shape)
-            yield TrainRequest(epoch, batch.labels, batch.rows, positions)

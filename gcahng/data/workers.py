@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader
 
 from gcahng.errors import InputError
 
+_PREFETCH = 2  # requests per worker that are made ahead of their answers
+
 
 def worker_loader(
     dataset: Any, requests: Any, num_workers: int, pin_memory: bool, keep: bool = False
@@ -39,7 +41,13 @@ def worker_loader(
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         persistent_workers=keep and num_workers > 0,
+        prefetch_factor=_PREFETCH if num_workers else None,
     )
+
+
+def requests_in_flight(num_workers: int) -> int:
+    """Requests of `worker_loader` that may be unanswered at once, the newest one included."""
+    return _PREFETCH * max(0, num_workers) + 1
 
 
 def _as_it_is(answer: Any) -> Any:

@@ -1,81 +1,28 @@
-"""Loaders over real shards: order, workers, resume, damaged images, signals."""
+"""Loaders over real shards: order, workers, ranks, resume, signals."""
 
 import io
 import multiprocessing
 import pickle
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from loader_cases import SETTINGS, SIZES, assert_same, load, train_table, write_shards
 from PIL import Image
 
-from gcahng.data.dataset import Batch, TrainImages
+from gcahng.data.dataset import TrainImages
 from gcahng.data.eval_loader import eval_loader
-from gcahng.data.images.transforms import (
-    eval_transform,
-    train_draws,
-    train_transform,
-    transform_settings,
-)
+from gcahng.data.images.transforms import eval_transform, train_draws, train_transform
 from gcahng.data.loader import TrainLoader, train_loader
-from gcahng.data.plans.class_table import ClassTable
 from gcahng.data.plans.plan import make_plan
 from gcahng.data.shards.reader import ShardSet
-from gcahng.data.shards.writer import Sample, ShardWriter
 from gcahng.errors import ConfigError, DataError, InputError
-
-SETTINGS = transform_settings("gca_hng", image_size=16)
-SIZES = {"seed": 5, "num_classes": 3, "num_samples": 2}
-COUNTS = [6, 5, 4, 7, 2, 6]
-
-
-def encode(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    noise = np.random.default_rng(seed).integers(0, 256, (24, 20 + seed % 9, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_shards(directory: Path, broken: tuple[int, ...] = ()) -> ShardSet:
-    """Classes of COUNTS images and one test class of 5, tars of about 12 images.
-
-    The images of the rows in `broken` are cut: the shards are whole, what they hold is not.
-    """
-    directory.mkdir()
-    writer = ShardWriter(directory, shard_bytes=20_000)
-    row = 0
-    for class_number, count in enumerate([*COUNTS, 5]):
-        split = "train" if class_number < len(COUNTS) else "test"
-        for _ in range(count):
-            content = encode(row)[: 200 if row in broken else None]
-            writer.write(Sample(content, "png", f"class {class_number}", split, f"{row}.png"))
-            row += 1
-    writer.finish("test", 0, {})
-    return ShardSet.open(directory)
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> ShardSet:
     return write_shards(tmp_path_factory.mktemp("loader") / "shards")
-
-
-def train_table(shards: ShardSet, **options: object) -> ClassTable:
-    return ClassTable.build(shards.class_id, shards.split_samples("train"), **options)
-
-
-def load(shards: ShardSet, num_workers: int = 0, **options: object) -> list[Batch]:
-    arguments = SIZES | {"epoch": 1, "transform": SETTINGS} | options
-    return list(train_loader(shards, train_table(shards), num_workers=num_workers, **arguments))
-
-
-def assert_same(got: list[Batch], want: list[Batch]) -> None:
-    assert len(got) == len(want)
-    for a, b in zip(got, want, strict=True):
-        for name in ("images", "labels", "rows", "classes"):
-            assert torch.equal(getattr(a, name), getattr(b, name)), name
-        assert (a.num_samples, a.skipped, a.problems) == (b.num_samples, b.skipped, b.problems)
 
 
 def test_batches_follow_the_plan(shards):
@@ -92,8 +39,8 @@ def test_batches_follow_the_plan(shards):
         assert batch.labels.tolist() == planned.labels.tolist() * 2
         assert batch.labels.dtype == batch.rows.dtype == batch.classes.dtype == torch.int64
         assert (batch.num_samples, batch.skipped, batch.problems) == (2, 0, ())
-        class_ids = torch.from_numpy(table.class_ids)[batch.labels]
-        assert torch.equal(class_ids, torch.from_numpy(shards.class_id)[batch.rows])
+        class_ids = torch.from_numpy(table.class_ids.astype(np.int64))[batch.labels]
+        assert torch.equal(class_ids, torch.from_numpy(shards.class_ids(batch.rows)))
 
 
 def test_images_are_drawn_by_their_position_in_the_epoch(shards):
@@ -104,7 +51,30 @@ def test_images_are_drawn_by_their_position_in_the_epoch(shards):
             assert torch.equal(batch.images[place], train_transform(image, SETTINGS, draws))
 
 
-@pytest.mark.parametrize("sampler", ["uniform", "released"])
+def test_ranks_share_the_batches_and_know_all_sizes(shards):
+    """See test_ranks.py for ranks in processes of their own."""
+    whole, table = load(shards, num_classes=5), train_table(shards)
+    options = SIZES | {"num_classes": 5, "transform": SETTINGS}
+    loaders = [TrainLoader(shards, table, rank=rank, world_size=3, **options) for rank in range(3)]
+    assert {loader.rank_sizes for loader in loaders} == {(2, 2, 1)}
+    parts = [list(loader.epoch_iterator(1)) for loader in loaders]
+    for batches in zip(whole, *parts, strict=True):
+        batch, mine = batches[0], batches[1:]
+        assert torch.equal(torch.cat([part.classes for part in mine]), batch.classes)
+        for name in ("images", "labels", "rows"):
+            joined = torch.cat([getattr(part, name).unflatten(0, (2, -1)) for part in mine], 1)
+            assert torch.equal(joined.flatten(0, 1), getattr(batch, name)), name
+
+
+def test_repairs_of_the_sampler_are_counted(shards):
+    options = {"sampler": "sample", "passes": 20, "num_classes": 4}
+    plan = make_plan(train_table(shards), epoch=1, **(SIZES | options))
+    batches = load(shards, 2, **options)
+    assert [batch.repaired for batch in batches] == [plan.batch(i).repaired for i in range(len(plan))]
+    assert len(batches) == 30 and sum(batch.repaired for batch in batches) > 5
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "released", "filled", "sample"])
 def test_workers_change_nothing(shards, sampler):
     assert_same(load(shards, 2, sampler=sampler), load(shards, 0, sampler=sampler))
 
@@ -179,113 +149,6 @@ def iter_requests(shards: ShardSet):
     return iter(loader._requests)
 
 
-# --- damaged images -------------------------------------------------------------------------------
-
-
-def flip_byte(shards: ShardSet, directory: Path, row: int) -> None:
-    """Damage the stored bytes of one image."""
-    path = directory / shards.manifest.shards[shards.shard[row]].name
-    content = bytearray(path.read_bytes())
-    content[int(shards.offset[row]) + 60] ^= 0xFF
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_cut_image_stops_the_run_with_shard_and_key(tmp_path, num_workers):
-    shards = write_shards(tmp_path / "shards", broken=(13,))
-    name = shards.manifest.shards[shards.shard[13]].name
-    message = rf"^Shard {name}: the image of sample 000000013 cannot be decoded as PNG"
-    with pytest.raises(DataError, match=message) as caught:
-        load(shards, num_workers, num_classes=6)
-    assert "Traceback" not in str(caught.value)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_damaged_shard_stops_the_run_with_shard_and_key(tmp_path, num_workers):
-    shards = write_shards(tmp_path / "shards")
-    flip_byte(shards, tmp_path / "shards", 13)
-    name = shards.manifest.shards[shards.shard[13]].name
-    with pytest.raises(DataError, match=rf"Shard {name}: .* sample 000000013 is damaged: .*crc32"):
-        load(shards, num_workers, num_classes=6)
-
-
-def test_skipping_takes_the_next_image_of_the_class(tmp_path):
-    """Rows 11 to 14 are class 2; 12 is damaged in the shard and 13 is cut."""
-    shards = write_shards(tmp_path / "shards", broken=(13,))
-    flip_byte(shards, tmp_path / "shards", 12)
-    skipped = 0
-    for epoch in range(6):
-        plan = make_plan(train_table(shards), epoch=epoch, **SIZES)
-        want = load(write_shards(tmp_path / f"whole {epoch}"), epoch=epoch)
-        for index, batch in enumerate(load(shards, epoch=epoch, on_error="skip")):
-            planned = plan.batch(index).rows
-            expected, here = replaced(planned, {12, 13}, range(11, 15))
-            assert batch.rows.tolist() == expected.ravel().tolist()
-            assert batch.skipped == len(batch.problems) == here
-            assert batch.images.shape == (6, 3, 16, 16)
-            same = torch.from_numpy(expected == planned).ravel()
-            assert torch.equal(batch.images[same], want[index].images[same])
-            skipped += here
-    assert skipped >= 6
-
-
-def replaced(planned: np.ndarray, broken: set[int], class_rows: range) -> tuple[np.ndarray, int]:
-    """Plainly: each broken image gives way to the next good one that its column does not hold."""
-    rows, count = planned.copy(), 0
-    order = list(class_rows)
-    for place in range(rows.shape[1]):
-        for group in range(rows.shape[0]):
-            if rows[group, place] in broken:
-                after = order.index(rows[group, place])
-                ring = order[after + 1 :] + order[:after]
-                good = [row for row in ring if row not in broken]
-                unused = [row for row in good if row not in rows[:, place]]
-                rows[group, place] = (unused or good)[0]
-                count += 1
-    return rows, count
-
-
-def test_skipped_images_are_named_and_workers_change_nothing(tmp_path):
-    shards = write_shards(tmp_path / "shards", broken=(13, 2, 30))
-    batches = load(shards, 0, num_classes=6, on_error="skip", epoch=0)
-    problems = [problem for batch in batches for problem in batch.problems]
-    assert any("sample 000000013 cannot be decoded" in problem for problem in problems)
-    assert_same(load(shards, 2, num_classes=6, on_error="skip", epoch=0), batches)
-
-
-def test_a_replacement_is_drawn_like_the_image_it_replaces(tmp_path):
-    shards = write_shards(tmp_path / "shards", broken=(22,))  # 22 and 23 are class 4
-    batch = load(shards, num_classes=6, on_error="skip")[0]
-    column = batch.classes.tolist().index(4)
-    assert batch.rows.view(2, 6)[:, column].tolist() == [23, 23] and batch.skipped == 1
-    image = Image.open(io.BytesIO(shards.read(23))).convert("RGB")
-    for place in (column, 6 + column):
-        expected = train_transform(image, SETTINGS, train_draws(5, 1, place))
-        assert torch.equal(batch.images[place], expected)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_class_without_a_readable_image_is_an_error(tmp_path, num_workers):
-    shards = write_shards(tmp_path / "shards", broken=(22, 23))
-    message = r"Class 4 has no readable image: expected at least one of 2, .*sample 0000000(22|23)"
-    with pytest.raises(DataError, match=message):
-        load(shards, num_workers, num_classes=6, on_error="skip")
-
-
-def test_an_image_too_small_for_its_crop_is_named(shards):
-    settings = transform_settings("sct_cub", train_resize=None)
-    with pytest.raises(DataError, match=r"^Shard .*: the image of sample \d{9}: the image has .* 24"):
-        load(shards, transform=settings)
-
-
-def test_the_pixel_limit_reaches_the_workers(shards):
-    with pytest.raises(DataError, match=r"^Shard .*: .* has too many pixels: expected at most 100"):
-        load(shards, 2, max_pixels=100)
-    rows = shards.split_samples("test")
-    with pytest.raises(DataError, match="expected at most 100"):
-        list(eval_loader(shards, rows, transform=SETTINGS, batch_size=2, max_pixels=100))
-
-
 # --- evaluation -----------------------------------------------------------------------------------
 
 
@@ -300,7 +163,7 @@ def test_evaluation_sees_every_row_once_and_in_order(shards, num_workers):
         assert torch.cat([r for _, _, r in batches]).tolist() == rows.tolist()
         class_ids = torch.cat([c for _, c, _ in batches])
         assert class_ids.dtype == torch.int64
-        assert class_ids.tolist() == shards.class_id[rows].tolist()
+        assert class_ids.tolist() == shards.class_ids(rows).tolist()
         images = torch.cat([images for images, _, _ in batches])
         for place, row in enumerate(rows.tolist()):
             image = Image.open(io.BytesIO(shards.read(row))).convert("RGB")
@@ -333,6 +196,9 @@ def test_evaluation_of_nothing_is_empty(shards):
         ({"start_batch": -1}, InputError, r"`start_batch` must be from 0 to 4, got -1"),
         ({"num_classes": 7}, InputError, r"only 6 training classes"),
         ({"sampler": "balanced"}, ConfigError, r"`sampler` must be one of"),
+        ({"passes": 2}, ConfigError, r"`passes` is 2, but an epoch of the sampler 'uniform'"),
+        ({"world_size": 4}, InputError, r"`num_classes` .* expected 4 or more, got 3"),
+        ({"rank": 2, "world_size": 2}, InputError, r"`rank` must be from 0 to 1, got 2"),
     ],
 )
 def test_impossible_arguments_are_named_before_the_first_batch(shards, change, error, message):

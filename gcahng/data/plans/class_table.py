@@ -1,18 +1,27 @@
-"""The training classes of a run and the sample rows of each."""
+"""The training classes of a run and the sample rows of each.
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+Shards are class-major, so a class is a first row and a number of rows. Only classes whose rows do
+not follow one another have them listed. A million classes take about 10 MB, however many images.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gcahng.data.plans.draws import Purpose, check_seed, permutation, stream
+from gcahng.data.plans.freed_memory import give_back_freed_memory
+from gcahng.data.plans.shard_layout import ShardLayout
 from gcahng.errors import InputError
 
+if TYPE_CHECKING:
+    from gcahng.data.shards.reader import ShardSet
+
 SmallClasses = Literal["repeat", "drop"]
+Integers = NDArray[np.integer[Any]]
 
 
-def _no_classes() -> NDArray[np.int64]:
+def _nothing() -> Integers:
     return np.empty(0, np.int64)
 
 
@@ -20,21 +29,27 @@ def _no_classes() -> NDArray[np.int64]:
 class ClassTable:
     """Training classes, numbered 0..N-1 by ascending class id, and their sample rows.
 
-    Holds 8 bytes per sample and 24 per class. Make one with `ClassTable.build`.
+    Make one with `ClassTable.from_shards` or `ClassTable.build`. Arrays have the smallest integer
+    type that holds their values (32 bits at least, but for `lengths`).
 
     Attributes:
         class_ids: (N,) ascending; class id of each label.
-        rows: (S,) sample rows, class after class by label, ascending inside a class.
-        starts: (N + 1,) first position of each label in `rows`, then S.
+        firsts: (N,) first row of each label; a value f < 0 stands for rows that are listed in
+            `scattered` from place -1 - f on.
+        lengths: (N,) number of rows of each label; `counts` has them as int64.
+        scattered: Rows of the labels whose rows do not follow one another.
         repeated: Class ids with fewer images than a batch takes; their images are repeated.
         dropped: Class ids that were left out for the same reason.
+        layout: The shards that the rows lie in, if they lie in shards.
     """
 
-    class_ids: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    repeated: NDArray[np.int64] = field(default_factory=_no_classes)
-    dropped: NDArray[np.int64] = field(default_factory=_no_classes)
+    class_ids: Integers
+    firsts: Integers
+    lengths: Integers
+    scattered: Integers = field(default_factory=_nothing)
+    repeated: Integers = field(default_factory=_nothing)
+    dropped: Integers = field(default_factory=_nothing)
+    layout: ShardLayout | None = None
 
     @classmethod
     def build(
@@ -44,6 +59,7 @@ class ClassTable:
         *,
         samples_per_class: int = 1,
         small_classes: SmallClasses = "repeat",
+        layout: ShardLayout | None = None,
     ) -> "ClassTable":
         """Sort `rows` by class.
 
@@ -53,37 +69,51 @@ class ClassTable:
             samples_per_class: K, images of a class in one batch.
             small_classes: What happens to a class with fewer than K images: "repeat" its images
                 within a batch, or "drop" the class. `repeated` and `dropped` list them.
+            layout: The shards that the rows lie in, if they do.
         Raises:
             InputError: A label is no integer, a row is out of range or occurs twice, no class is
                 left, or an option has another value.
         """
-        if small_classes not in ("repeat", "drop"):
-            raise InputError(f"`small_classes` must be 'repeat' or 'drop', got {small_classes!r}. Choose one.")
-        if samples_per_class < 1:
-            raise InputError(f"`samples_per_class` must be at least 1, got {samples_per_class}. Raise it.")
+        _check_options(samples_per_class, small_classes)
         labels = _integers("class_id", class_id)
         chosen = np.arange(labels.size) if rows is None else _integers("rows", rows)
         chosen = _ascending_rows(chosen, labels.size)
-        if not _ascends(labels[chosen]):
-            chosen = chosen[np.argsort(labels[chosen], kind="stable")]
-        ordered = labels[chosen]
-        firsts = np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1))
-        class_ids = ordered[firsts]
-        counts = np.diff(firsts, append=ordered.size)
-        table = cls(class_ids, chosen, _starts(counts))
-        small = counts < samples_per_class
-        if not small.any():
-            return table
-        if small_classes == "repeat":
-            return cls(class_ids, chosen, table.starts, repeated=class_ids[small])
-        if small.all():
-            raise InputError(
-                f"`small_classes` is 'drop' and every class is small: expected a class with at "
-                f"least {samples_per_class} images, got at most {counts.max()}. Lower the number "
-                "of samples per class or set `small_classes` to 'repeat'."
-            )
-        kept = table.select(np.flatnonzero(~small))
-        return cls(kept.class_ids, kept.rows, kept.starts, dropped=class_ids[small])
+        of_class = labels[chosen]
+        # A run: rows that follow one another, of one class.
+        begins = np.ones(chosen.size, bool)
+        begins[1:] = (np.diff(chosen) != 1) | (np.diff(of_class) != 0)
+        places = np.flatnonzero(begins)
+        counts = np.diff(places, append=chosen.size)
+        table = _from_runs(of_class[places], chosen[places], counts, layout)
+        return _without_small(table, samples_per_class, small_classes)
+
+    @classmethod
+    def from_shards(
+        cls, shards: "ShardSet", split: str, *, samples_per_class: int = 1, small_classes: SmallClasses = "repeat"
+    ) -> "ClassTable":
+        """The classes of one split of a shard folder.
+
+        Args:
+            shards: The converted data set.
+            split: Its split to train on.
+            samples_per_class: See `build`.
+            small_classes: See `build`.
+        Raises:
+            InputError: The split is empty, no class is left, or an option has another value.
+            DataError: There is no such split.
+        """
+        _check_options(samples_per_class, small_classes)
+        class_id, first_row, count = shards.class_runs(split)
+        if class_id.size == 0:
+            raise InputError(f"Split {split!r} is empty: expected at least one training image. Check the split.")
+        infos = shards.manifest.shards
+        layout = ShardLayout.build(
+            [info.num_samples for info in infos], [info.bytes for info in infos], shards.manifest.window_bytes
+        )
+        table = _without_small(_from_runs(class_id, first_row, count, layout), samples_per_class, small_classes)
+        del class_id, first_row, count
+        give_back_freed_memory(table.num_classes)
+        return table
 
     @property
     def num_classes(self) -> int:
@@ -93,15 +123,22 @@ class ClassTable:
     @property
     def num_samples(self) -> int:
         """S, images of all classes together."""
-        return self.rows.size
+        return int(self.lengths.sum(dtype=np.int64))
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """(N,) images per label."""
-        return np.diff(self.starts)
+        """(N,) images per label, a new array."""
+        return self.lengths.astype(np.int64)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """(S,) sample rows, class after class by label, ascending inside a class; a new array."""
+        labels = np.repeat(np.arange(self.num_classes), self.lengths)
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        return self.take(labels, np.arange(labels.size) - np.repeat(ends - self.lengths, self.lengths))
 
     def rows_of(self, label: int) -> NDArray[np.int64]:
-        """Sample rows of a label, ascending (a view).
+        """Sample rows of a label, ascending.
 
         Raises:
             InputError: There is no such label.
@@ -111,7 +148,21 @@ class ClassTable:
                 f"`label` must be from 0 to {self.num_classes - 1}, got {label}. Labels count "
                 "training classes; look a class id up in `class_ids`."
             )
-        return self.rows[self.starts[label] : self.starts[label + 1]]
+        first, count = int(self.firsts[label]), int(self.lengths[label])
+        if first >= 0:
+            return np.arange(first, first + count)
+        return self.scattered[-1 - first : -1 - first + count].astype(np.int64)
+
+    def take(self, labels: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of labels at places: `rows_of(labels[...])[places[...]]` for arrays that broadcast."""
+        firsts = self.firsts[labels].astype(np.int64)
+        rows = firsts + places
+        listed = firsts < 0
+        if listed.any():
+            listed = np.broadcast_to(listed, rows.shape)
+            at = (-1 - firsts) + places
+            rows[listed] = self.scattered[at[listed]]
+        return rows
 
     def select(self, labels: NDArray[np.int64]) -> "ClassTable":
         """The table of some classes alone, numbered anew.
@@ -121,48 +172,74 @@ class ClassTable:
         """
         keep = np.zeros(self.num_classes, bool)
         keep[labels] = True
-        counts = self.counts
-        class_ids = self.class_ids[keep]
-        return ClassTable(
-            class_ids,
-            self.rows[np.repeat(keep, counts)],
-            _starts(counts[keep]),
+        class_ids, firsts, lengths = self.class_ids[keep], self.firsts[keep], self.lengths[keep]
+        scattered, listed = self.scattered, np.flatnonzero(firsts < 0)
+        if listed.size:
+            parts = [scattered[-1 - f : -1 - f + n] for f, n in zip(firsts[listed], lengths[listed], strict=True)]
+            scattered = np.concatenate(parts)
+            firsts[listed] = -1 - _starts(lengths[listed])
+        return replace(
+            self,
+            class_ids=class_ids,
+            firsts=firsts,
+            lengths=lengths,
+            scattered=scattered if listed.size else _nothing(),
             repeated=self.repeated[np.isin(self.repeated, class_ids)],
-            dropped=self.dropped,
         )
 
-    def rows_of_classes(self, class_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def rows_of_classes(self, class_ids: Integers) -> NDArray[np.int64]:
         """Sample rows of some class ids, ascending; ids that the table lacks have none."""
-        return np.sort(self.rows[np.repeat(np.isin(self.class_ids, class_ids), self.counts)])
+        return np.sort(self.select(np.flatnonzero(np.isin(self.class_ids, class_ids))).rows)
 
 
-def split_validation(table: ClassTable, share: float, seed: int) -> tuple[ClassTable, NDArray[np.int64]]:
-    """Hold classes out for validation.
+def _from_runs(
+    class_id: NDArray[np.int64], first_row: NDArray[np.int64], count: NDArray[np.int64], layout: ShardLayout | None
+) -> ClassTable:
+    """The table of runs of rows: as long as rows follow one another, by ascending first row."""
+    if not bool((class_id[1:] > class_id[:-1]).all()):
+        order = np.argsort(class_id, kind="stable")
+        class_id, first_row, count = class_id[order], first_row[order], count[order]
+    new_class = np.ones(class_id.size, bool)
+    new_class[1:] = class_id[1:] != class_id[:-1]
+    begins = np.flatnonzero(new_class)
+    lengths = np.add.reduceat(count, begins)
+    firsts = first_row[begins]
+    scattered = _nothing()
+    listed = np.flatnonzero(np.diff(begins, append=class_id.size) > 1)
+    if listed.size:
+        of_listed = np.isin(np.cumsum(new_class) - 1, listed)
+        pairs = zip(first_row[of_listed].tolist(), count[of_listed].tolist(), strict=True)
+        scattered = np.concatenate([np.arange(first, first + number) for first, number in pairs])
+        firsts[listed] = -1 - _starts(lengths[listed])
+    return ClassTable(
+        _compact(class_id[begins]),
+        _compact(firsts),
+        _compact(lengths, np.int16),
+        _compact(scattered),
+        layout=layout,
+    )
 
-    Args:
-        table: All training classes.
-        share: Share of the classes to hold out, in [0, 1); the number is rounded.
-        seed: Decides which.
-    Returns:
-        The table of the classes that stay, numbered anew, and the held-out class ids, ascending.
-        `table.rows_of_classes(ids)` are the validation images.
-    Raises:
-        InputError: `share` is out of range or leaves no class to train on.
-    """
-    if not 0 <= share < 1:
+
+def _without_small(table: ClassTable, samples_per_class: int, small_classes: SmallClasses) -> ClassTable:
+    small = table.lengths < samples_per_class
+    if not small.any():
+        return table
+    if small_classes == "repeat":
+        return replace(table, repeated=table.class_ids[small])
+    if small.all():
         raise InputError(
-            f"`share` of validation classes must be from 0 to below 1, got {share}. Give a share such as 0.1."
+            f"`small_classes` is 'drop' and every class is small: expected a class with at "
+            f"least {samples_per_class} images, got at most {table.lengths.max()}. Lower the number "
+            "of samples per class or set `small_classes` to 'repeat'."
         )
-    total = table.num_classes
-    held_out = round(share * total)
-    if held_out >= total:
-        raise InputError(
-            f"`share` {share} of {total} classes holds out {held_out}: expected at least one "
-            "class to train on. Lower the share."
-        )
-    order = permutation(stream(check_seed(seed), Purpose.VALIDATION_CLASSES), total)
-    validation = np.sort(order[:held_out])
-    return table.select(np.sort(order[held_out:])), table.class_ids[validation]
+    return replace(table.select(np.flatnonzero(~small)), dropped=table.class_ids[small])
+
+
+def _check_options(samples_per_class: int, small_classes: SmallClasses) -> None:
+    if small_classes not in ("repeat", "drop"):
+        raise InputError(f"`small_classes` must be 'repeat' or 'drop', got {small_classes!r}. Choose one.")
+    if samples_per_class < 1:
+        raise InputError(f"`samples_per_class` must be at least 1, got {samples_per_class}. Raise it.")
 
 
 def _integers(name: str, values: NDArray[Any]) -> NDArray[np.int64]:
@@ -175,9 +252,12 @@ def _integers(name: str, values: NDArray[Any]) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _ascends(values: NDArray[np.int64]) -> bool:
-    """Shards are class-major: ten million samples are checked in less time than sorted."""
-    return bool((values[1:] >= values[:-1]).all())
+def _compact(values: Integers, smallest: type[np.signedinteger[Any]] = np.int32) -> Integers:
+    for kind in (smallest, np.int32):
+        limits = np.iinfo(kind)
+        if values.size and limits.min <= values.min() and values.max() <= limits.max:
+            return values.astype(kind)
+    return values
 
 
 def _ascending_rows(rows: NDArray[np.int64], size: int) -> NDArray[np.int64]:
@@ -189,7 +269,8 @@ def _ascending_rows(rows: NDArray[np.int64], size: int) -> NDArray[np.int64]:
             f"`rows` must be positions in `class_id`: expected 0 to {size - 1}, got {bad}. Take "
             "rows and class ids from the same data set."
         )
-    rows = rows if _ascends(rows) else np.sort(rows)
+    if not bool((rows[1:] >= rows[:-1]).all()):
+        rows = np.sort(rows)
     repeats = rows[1:][rows[1:] == rows[:-1]]
     if repeats.size:
         raise InputError(
@@ -198,5 +279,6 @@ def _ascending_rows(rows: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     return rows
 
 
-def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+def _starts(counts: Integers) -> NDArray[np.int64]:
+    """Place of the first row of each of several lists, one after the other."""
+    return np.cumsum(counts, dtype=np.int64) - counts

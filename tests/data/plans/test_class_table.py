@@ -1,10 +1,15 @@
 """The class table: labels, small classes, held-out classes, and its messages."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from gcahng.data.plans.class_table import ClassTable, split_validation
-from gcahng.errors import InputError
+from gcahng.data.plans.class_table import ClassTable
+from gcahng.data.plans.validation_classes import split_validation
+from gcahng.data.shards.reader import ShardSet
+from gcahng.data.shards.writer import Sample, ShardWriter
+from gcahng.errors import DataError, InputError
 
 CLASS_ID = np.array([7, 3, 7, 9, 3, 3, 5, 7])
 
@@ -78,6 +83,87 @@ def test_small_classes_stay_listed_only_where_they_stay():
     table = ClassTable.build(np.repeat(np.arange(20), 1 + np.arange(20) % 2), samples_per_class=2)
     train, held_out = split_validation(table, 0.5, seed=0)
     assert np.array_equal(train.repeated, np.setdiff1d(np.arange(0, 20, 2), held_out))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_rows_are_taken_by_label_and_place(shuffled):
+    rng = np.random.default_rng(0)
+    class_id = np.repeat(rng.permutation(30), rng.integers(1, 9, 30))
+    class_id = rng.permutation(class_id) if shuffled else class_id
+    table = ClassTable.build(class_id)
+    assert (table.scattered.size > 0) == shuffled
+    labels = rng.integers(0, 30, (4, 50))
+    places = rng.integers(0, table.counts[labels])
+    want = [table.rows_of(int(label))[place] for label, place in zip(labels.flat, places.flat, strict=True)]
+    assert table.take(labels, places).ravel().tolist() == want
+    assert np.array_equal(table.rows, np.concatenate([table.rows_of(label) for label in range(30)]))
+
+
+def test_a_class_in_a_row_takes_no_list_of_rows():
+    """A class-major set, in any order of classes: two numbers of 4 bytes and one of 2 for each."""
+    order = np.random.default_rng(0).permutation(1000)
+    table = ClassTable.build(np.repeat(order, 1 + order % 5))
+    assert table.scattered.size == 0
+    assert [a.itemsize for a in (table.class_ids, table.firsts, table.lengths)] == [4, 4, 2]
+    assert table.rows_of(7).tolist() == np.flatnonzero(np.repeat(order, 1 + order % 5) == 7).tolist()
+
+
+def test_scattered_classes_keep_their_rows_when_others_leave():
+    class_id = np.array([4, 4, 1, 2, 1, 3, 3, 2, 0, 4])
+    table = ClassTable.build(class_id)
+    assert table.firsts.tolist()[0] == 8 and (table.firsts[[1, 2, 4]] < 0).all() and table.firsts[3] == 5
+    kept = table.select(np.array([0, 2, 4]))
+    assert [kept.rows_of(label).tolist() for label in range(3)] == [[8], [3, 7], [0, 1, 9]]
+    assert kept.scattered.tolist() == [3, 7, 0, 1, 9]
+    assert table.select(np.array([0, 3])).scattered.size == 0
+
+
+def test_numbers_that_need_more_bytes_have_them():
+    wide = ClassTable.build(np.array([5, 2**40, 5]))
+    assert wide.class_ids.dtype == np.int64 and wide.class_ids.tolist() == [5, 2**40]
+    long = ClassTable.build(np.zeros(40_000, int))
+    assert long.counts.tolist() == [40_000] and long.num_samples == 40_000
+
+
+def write_shards(directory: Path, classes: list[tuple[str, int, str]], shard_bytes: int) -> ShardSet:
+    """Tars of images that nobody decodes: (class, images, split) in writing order."""
+    directory.mkdir()
+    writer = ShardWriter(directory, shard_bytes=shard_bytes)
+    for name, count, split in classes:
+        for number in range(count):
+            writer.write(Sample(b"x" * 600, "png", name, split, f"{name} {number}"))
+    writer.finish("test", 0, {}, window_bytes=5000)
+    return ShardSet.open(directory)
+
+
+MIXED = [("b", 3, "train"), ("a", 30, "train"), ("d", 1, "train"), ("q", 4, "test"), ("c", 7, "train")]
+
+
+@pytest.mark.parametrize("small_classes", ["repeat", "drop"])
+def test_the_table_of_a_split_is_that_of_its_rows(tmp_path, small_classes):
+    shards = write_shards(tmp_path / "shards", MIXED, shard_bytes=8000)
+    options = {"samples_per_class": 2, "small_classes": small_classes}
+    table = ClassTable.from_shards(shards, "train", **options)
+    want = ClassTable.build(shards.class_ids(), shards.split_samples("train"), **options)
+    for name in ("class_ids", "firsts", "lengths", "rows", "scattered", "repeated", "dropped"):
+        assert np.array_equal(getattr(table, name), getattr(want, name)), name
+    assert table.num_samples == 41 - (small_classes == "drop")
+    assert len(shards.manifest.shards) > 3
+    layout = table.layout
+    assert layout.window_bytes == 5000
+    assert layout.sizes.tolist() == [info.bytes for info in shards.manifest.shards]
+    rows = np.arange(len(shards))
+    assert np.array_equal(layout.shard_of(rows), shards.shard_of(rows))
+    validation_free, _ = split_validation(table, 0.4, seed=0)
+    assert validation_free.layout is layout
+
+
+def test_an_unknown_split_is_named(tmp_path):
+    shards = write_shards(tmp_path / "shards", MIXED, shard_bytes=8000)
+    with pytest.raises(DataError, match="Split 'validation' does not exist"):
+        ClassTable.from_shards(shards, "validation")
+    with pytest.raises(InputError, match=r"must be 'repeat' or 'drop', got 'pad'"):
+        ClassTable.from_shards(shards, "train", small_classes="pad")
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,27 @@ def test_a_permutation_holds_every_number(size):
     assert np.array_equal(np.sort(order), np.arange(size))
 
 
+@pytest.mark.parametrize("size", [4096, 100_000])
+def test_a_large_permutation_is_the_order_of_its_words(size):
+    words = stream(1, Purpose.CLASS_IMAGES, size).random_raw(size)
+    order = permutation(stream(1, Purpose.CLASS_IMAGES, size), size)
+    assert np.array_equal(order, np.argsort(words, kind="stable"))
+
+
+class Words:
+    """Words made up: many equal ones, and many that differ in their lower halves alone."""
+
+    def random_raw(self, size: int) -> np.ndarray:
+        high, low = np.random.default_rng(size).integers(0, [[size // 3], [4]], (2, size), dtype=np.uint64)
+        return high << np.uint64(32) | low
+
+
+def test_a_large_permutation_with_equal_words():
+    words = Words().random_raw(9000)
+    assert np.unique(words).size < 8000
+    assert np.array_equal(permutation(Words(), 9000), np.argsort(words, kind="stable"))
+
+
 def test_permutations_are_uniform():
     counts = dict.fromkeys(itertools.permutations(range(3)), 0)
     for draw in range(6000):

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from gcahng.data.plans.batch_plan import ShardedPlan
 from gcahng.data.plans.class_table import ClassTable
 from gcahng.data.plans.plan import BatchPlan, coverage_epochs, make_plan, num_batches
 from gcahng.errors import ConfigError, InputError
@@ -32,15 +33,40 @@ from gcahng.data.plans.plan import BatchPlan
 class FirstClasses:
     '''The first P classes, the first K images of each, in every batch.'''
 
-    def __init__(self, table, seed, epoch, num_classes, num_samples):
-        self.labels = np.arange(num_classes)
-        self.rows = np.stack([table.rows_of(p)[:num_samples] for p in range(num_classes)], axis=1)
+    def __init__(self, request):
+        self.labels = np.arange(request.num_classes)
+        columns = [request.table.rows_of(p)[: request.num_samples] for p in range(request.num_classes)]
+        self.rows = np.stack(columns, axis=1)
 
     def __len__(self):
         return 2
 
     def batch(self, index):
         return BatchPlan(self.labels, self.rows)
+
+
+class Neighbours:
+    '''Batch i: class i and those whose centres are nearest to its own; the images at random.'''
+
+    def __init__(self, request):
+        self.request = request
+        centres = request.class_centres
+        if centres is None:  # before the first centres are known
+            centres = np.random.default_rng(request.seed).normal(size=(request.table.num_classes, 2))
+        self.near = np.argsort(np.linalg.norm(centres[:, None] - centres, axis=-1), axis=1, kind="stable")
+
+    def __len__(self):
+        return self.request.table.num_classes * (self.request.passes or 1)
+
+    def batch(self, index):
+        request = self.request
+        labels = self.near[index % request.table.num_classes, : request.num_classes]
+        draws = np.random.default_rng((request.seed, request.epoch, index))
+        columns = [draws.permutation(request.table.rows_of(p))[: request.num_samples] for p in labels.tolist()]
+        return BatchPlan(labels, np.stack(columns, axis=1), repaired=index)
+
+    def shards(self, index):
+        return np.array([index], np.int32), np.array([index + 1], np.int32)
 
 
 class OneClass(FirstClasses):
@@ -63,7 +89,7 @@ class Empty(FirstClasses):
         return 0
 
 
-def no_plan(table, seed, epoch, num_classes, num_samples):
+def no_plan(request):
     return [[0, 1]]
 
 
@@ -79,7 +105,7 @@ def own_samplers(tmp_path, monkeypatch):
     sys.modules.pop("own_samplers", None)
 
 
-@pytest.mark.parametrize("sampler", ["uniform", "released"])
+@pytest.mark.parametrize("sampler", ["uniform", "released", "filled", "sample"])
 def test_another_process_makes_the_same_plan(sampler):
     out = subprocess.run([sys.executable, "-c", OTHER_PROCESS, sampler], capture_output=True, text=True, check=True)
     plan = make_plan(TABLE, seed=11, epoch=7, num_classes=4, num_samples=2, sampler=sampler)
@@ -117,6 +143,44 @@ def test_an_own_sampler_is_loaded_by_its_path(own_samplers):
     assert isinstance(plan.batch(0), BatchPlan)
 
 
+CENTRES = np.array([[0, 0], [9, 0], [1, 0], [10, 1], [0, 2], [8, 0.5]])
+
+
+def test_a_sampler_of_similar_classes_is_given_their_centres(own_samplers):
+    """It has passes, repairs and shards too: whatever the package's samplers have."""
+    options = SIZES | {"sampler": "own_samplers:Neighbours", "passes": 2}
+    plan = make_plan(TABLE, class_centres=CENTRES, **options)
+    assert len(plan) == 12
+    assert [set(plan.batch(index).labels.tolist()) for index in (0, 1, 2, 9)] == [
+        {0, 2, 4},
+        {1, 3, 5},
+        {0, 2, 4},
+        {1, 3, 5},
+    ]
+    assert plan.batch(7).repaired == 7
+    assert isinstance(plan, ShardedPlan) and [part.tolist() for part in plan.shards(3)] == [[3], [4]]
+    assert len(make_plan(TABLE, **(options | {"passes": None}))) == 6
+    assert not isinstance(make_plan(TABLE, sampler="own_samplers:FirstClasses", **SIZES), ShardedPlan)
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (6,), (6, 2, 2)])
+def test_centres_of_another_shape_are_refused(shape):
+    message = rf"`class_centres` must have one row per training class: expected \(6, D\), got \({shape[0]},"
+    with pytest.raises(InputError, match=message):
+        make_plan(TABLE, class_centres=np.zeros(shape), **SIZES)
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "released"])
+def test_samplers_without_passes_take_none(sampler):
+    with pytest.raises(ConfigError, match=rf"`passes` is 2, but an epoch of the sampler '{sampler}' does not consist"):
+        make_plan(TABLE, sampler=sampler, passes=2, **SIZES)
+
+
+def test_less_than_one_pass_is_refused():
+    with pytest.raises(InputError, match=r"`passes` .* must be at least 1, got 0"):
+        make_plan(TABLE, sampler="sample", passes=0, **SIZES)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -138,7 +202,7 @@ def test_a_wrong_batch_of_an_own_sampler_is_named(own_samplers, name, message):
         ("own_samplers:constant", r"must name a callable, got int"),
         ("own_samplers:Empty", r"must return a plan of at least 1 batch, got 0"),
         ("own_samplers:missing", r"has no name `missing`"),
-        ("unifrom", r"must be one of uniform, released or a dotted path, got 'unifrom'"),
+        ("unifrom", r"must be one of uniform, released, filled, sample or a dotted path, got 'unifrom'"),
     ],
 )
 def test_a_sampler_that_cannot_be_used_is_named(own_samplers, sampler, message):
