@@ -1,17 +1,16 @@
 """Training and evaluation transforms of images, and their presets.
 
 A transform returns bytes, (3, H, W) uint8; `normalise` turns a whole batch of them into numbers on
-the device. Boxes are (left, top, width, height) in pixels.
+the device. What `train_transform` draws depends on the size of the picture alone.
 """
 
 import math
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from gcahng.data.images.decode import MAX_PIXELS
+from gcahng.data.images.picture import Box, Picture, crop, resize, resize_short_side, size_of, to_bytes
 from gcahng.data.images.transform_settings import PRESETS, TransformSettings, transform_settings
 from gcahng.data.plans.draws import Purpose, stream
 from gcahng.errors import DataError, InputError
@@ -25,8 +24,6 @@ __all__ = [
     "train_transform",
     "transform_settings",
 ]
-
-Box = tuple[int, int, int, int]
 
 _TRIES = 10
 
@@ -43,14 +40,14 @@ def train_draws(seed: int, epoch: int, position: int) -> np.random.Generator:
     return np.random.Generator(stream(seed, Purpose.TRANSFORM, epoch, position))
 
 
-def train_transform(image: Image.Image, settings: TransformSettings, draws: np.random.Generator) -> Tensor:
+def train_transform(picture: Picture, settings: TransformSettings, draws: np.random.Generator) -> Tensor:
     """Crop, resize and flip at random.
 
     "random_resized" is a random crop of random area and shape, resized, with the distribution of
     torchvision's RandomResizedCrop; "random" resizes the short side to `train_resize` and crops.
 
     Args:
-        image: RGB image.
+        picture: RGB image, or the array of a JPEG.
         settings: Sizes and ranges.
         draws: See `train_draws`.
     Returns:
@@ -60,32 +57,31 @@ def train_transform(image: Image.Image, settings: TransformSettings, draws: np.r
     """
     size = settings.crop
     if settings.train_resize is not None:
-        image = _resize_short_side(image, settings.train_resize)
+        picture = resize_short_side(picture, settings.train_resize)
     if settings.train_crop == "random_resized":
-        box = random_resized_box(image.width, image.height, settings.scale, settings.ratio, draws)
-        image = _crop(image, box)
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        box = random_resized_box(*size_of(picture), settings.scale, settings.ratio, draws)
+        picture = resize(crop(picture, box), (size, size))
     else:
-        image = _crop(image, random_box(image.width, image.height, size, draws))
-    return _to_bytes(image, mirrored=bool(draws.random() < settings.flip))
+        picture = crop(picture, random_box(*size_of(picture), size, draws))
+    return to_bytes(picture, mirrored=bool(draws.random() < settings.flip))
 
 
-def eval_transform(image: Image.Image, settings: TransformSettings) -> Tensor:
+def eval_transform(picture: Picture, settings: TransformSettings) -> Tensor:
     """Resize the short side and crop the centre, as torchvision's Resize and CenterCrop do.
 
     Args:
-        image: RGB image.
+        picture: RGB image; its pixels are torchvision's to the bit.
         settings: Sizes.
     Returns:
         (3, eval_crop, eval_crop) uint8.
     Raises:
         DataError: The image is too elongated to resize.
     """
-    image = _resize_short_side(image, settings.eval_resize)
+    picture = resize_short_side(picture, settings.eval_resize)
+    width, height = size_of(picture)
     size = settings.eval_crop
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return _to_bytes(_crop(image, (left, top, size, size)), mirrored=False)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return to_bytes(crop(picture, (left, top, size, size)), mirrored=False)
 
 
 def normalise(images: Tensor, settings: TransformSettings) -> Tensor:
@@ -155,37 +151,6 @@ def random_box(width: int, height: int, size: int, draws: np.random.Generator) -
             f"crop of {size}. Set `train_resize` so that small images are enlarged."
         )
     return _below(draws, width - size + 1), _below(draws, height - size + 1), size, size
-
-
-def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to `size` pixels, bilinear with antialiasing."""
-    short, long = sorted(image.size)
-    if short == size:
-        return image
-    new_long = size * long // short
-    if size * new_long > MAX_PIXELS:
-        raise DataError(
-            f"the image has {image.width} x {image.height} pixels, too elongated to resize: "
-            f"expected at most {MAX_PIXELS} pixels after the short side became {size}, got "
-            f"{size * new_long}. Crop it or leave it out."
-        )
-    new_size = (size, new_long) if image.width <= image.height else (new_long, size)
-    return image.resize(new_size, Image.Resampling.BILINEAR)
-
-
-def _crop(image: Image.Image, box: Box) -> Image.Image:
-    left, top, width, height = box
-    if (width, height) == image.size:
-        return image
-    return image.crop((left, top, left + width, top + height))
-
-
-def _to_bytes(image: Image.Image, *, mirrored: bool) -> Tensor:
-    pixels = np.asarray(image)
-    if mirrored:
-        pixels = pixels[:, ::-1]
-    # One copy: the array of a PIL image is read-only and channels come last.
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def _uniform(draws: np.random.Generator, low: float, high: float) -> float:
