@@ -2,6 +2,7 @@
 
 `python launch/evaluate.py --run runs/NAME [--which last|best|best_test]`
 `python launch/evaluate.py --checkpoint runs/NAME/step-N --data data/OTHER [section.key=value ...]`
+`python launch/evaluate.py --checkpoint runs/NAME/step-N --tars 'DIR/test-*.tar' [--label-field NAME]`
 """
 
 import argparse
@@ -12,7 +13,9 @@ from gcahng.errors import ConfigError
 from gcahng.training.checkpoint import CONFIG
 from gcahng.training.config import load_config
 from gcahng.training.evaluate_checkpoint import evaluate_checkpoint
+from gcahng.training.evaluation import TarSets
 from gcahng.training.results import metric_columns
+from gcahng.training.saved_embeddings import check_target
 from gcahng.training.trainer import SELECTION_NOTE
 from launch.cli import run
 
@@ -24,7 +27,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--run", type=Path, help="run folder")
     source.add_argument("--checkpoint", type=Path, help="checkpoint folder step-N, or a file in it")
     parser.add_argument("--which", default="last", choices=("last", "best", "best_test"))
-    parser.add_argument("--data", help="shard folder; by default the one of the run")
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument("--data", help="shard folder or its URL; by default the one of the run")
+    data.add_argument(
+        "--tars",
+        action="append",
+        help="plain WebDataset tars instead: a quoted 'DIR/*.tar' or 'https://.../test-{000..003}.tar'; repeatable",
+    )
+    parser.add_argument("--gallery-tars", action="append", help="tars that are searched (eval.protocol=query_gallery)")
+    parser.add_argument("--label-field", help="field of the tars' .json members that holds the class")
+    parser.add_argument("--save-embeddings", type=Path, metavar="FILE.npz", help="write embeddings, labels and keys")
     parser.add_argument("--json", type=Path, help="write the metrics to this file")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -56,16 +68,40 @@ def chosen_path(options: argparse.Namespace) -> Path:
     return path
 
 
+def chosen_tars(options: argparse.Namespace) -> TarSets | None:
+    """The plain tars that the options name.
+
+    Raises:
+        ConfigError: Options of tars without tars, or a pattern that was not quoted.
+    """
+    if options.tars is None:
+        for name in ("gallery_tars", "label_field"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"`--{name.replace('_', '-')}` goes with --tars, which is missing. Add it.")
+        return None
+    loose = [word for word in options.overrides if "=" not in word]
+    if loose:
+        raise ConfigError(
+            f"`--tars` takes one path, {loose[0]!r} comes after it. Put the pattern in quotes: --tars 'DIR/*.tar'."
+        )
+    return TarSets(options.tars, options.gallery_tars, options.label_field)
+
+
 def main() -> int:
     """Run the command; returns the exit status."""
     options = parse()
+    tars = chosen_tars(options)
     path = chosen_path(options)
+    if options.save_embeddings is not None:
+        check_target(options.save_embeddings)
     if options.json is not None and not options.json.parent.is_dir():
         raise ConfigError(f"`--json` {options.json}: the folder does not exist. Create it first.")
     overrides = list(options.overrides)
     if options.data is not None:
         overrides.append(f"data.dir={json.dumps(options.data, ensure_ascii=False)}")
-    row = evaluate_checkpoint(path, overrides, progress_bars=not options.quiet)
+    row = evaluate_checkpoint(
+        path, overrides, tars=tars, save_to=options.save_embeddings, progress_bars=not options.quiet
+    )
     if "best_test" in (path.name, path.parent.name):  # the link, or a file in it
         row["note"] = SELECTION_NOTE
     print("  ".join(f"{name} {value:.2f}" for name, value in metric_columns(row).items()))

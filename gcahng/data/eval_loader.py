@@ -1,6 +1,7 @@
-"""Loads rows for evaluation: every one once, in order."""
+"""Loads rows for evaluation: every one once over all ranks, in order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,27 @@ from torch.utils.data import DataLoader
 from gcahng.data.dataset import EvalImages, Failure, ImageSource
 from gcahng.data.images.decode import MAX_PIXELS
 from gcahng.data.images.transform_settings import TransformSettings
+from gcahng.data.rank_share import rank_rows
 from gcahng.data.workers import worker_loader
 from gcahng.errors import DataError, InputError
 
 __all__ = ["EvalLoader", "eval_loader"]
 
+_FOLLOWING_SHARDS = 2
+_BATCHES_PER_WORKER = 2  # what torch asks of a worker ahead of time, its `prefetch_factor`
+
 
 class EvalLoader:
-    """Every given row once, in order, as (images uint8 (b, 3, H, W), class ids (b,), rows (b,))."""
+    """Every given row once, in order, as (images uint8 (b, 3, H, W), class ids (b,), rows (b,)).
 
-    def __init__(self, loader: DataLoader[Any], num_batches: int) -> None:
+    Attributes:
+        rows: (n,) the rows of this rank.
+    """
+
+    def __init__(self, loader: DataLoader[Any], num_batches: int, rows: NDArray[np.int64]) -> None:
         self._loader = loader
         self._num_batches = num_batches
+        self.rows = rows
 
     def __len__(self) -> int:
         return self._num_batches
@@ -43,25 +53,73 @@ def eval_loader(
     transform: TransformSettings,
     batch_size: int,
     num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
     pin_memory: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> EvalLoader:
     """Load `rows` for evaluation; an unreadable image is an error, since a result would be wrong.
 
+    A rank loads one contiguous slice of the rows; sizes differ by at most one and nothing is padded. The slices of the
+    ranks, one after the other, are the rows in their order.
+
     Args:
-        shards: Where encoded images come from.
-        rows: Sample rows; the last batch holds what is left.
+        shards: Where encoded images come from. If it has `expect` (see `ShardSet`), it is told which shards are read
+            now and which come next.
+        rows: Sample rows, the same on all ranks; the last batch holds what is left.
         transform: Transforms; the evaluation part is used.
         batch_size: Images per batch.
         num_workers: Worker processes; 0 works in this process.
+        rank: Of this process.
+        world_size: Number of ranks.
         pin_memory: Put batches into page-locked memory.
         max_pixels: Limit of a decoded image.
     Raises:
-        InputError: `batch_size` or `num_workers` is impossible.
+        InputError: `batch_size`, `num_workers` or `rank` is impossible.
     """
     if batch_size < 1:
         raise InputError(f"`batch_size` must be at least 1, got {batch_size}. Raise it.")
-    rows = np.asarray(rows, dtype=np.int64)
+    rows = rank_rows(np.asarray(rows, dtype=np.int64), rank, world_size)
     chunks = [rows[start : start + batch_size] for start in range(0, rows.size, batch_size)]
     images = EvalImages(shards, transform, max_pixels)
-    return EvalLoader(worker_loader(images, chunks, num_workers, pin_memory), len(chunks))
+    requests = _Requests(shards, chunks, _BATCHES_PER_WORKER * num_workers)
+    return EvalLoader(worker_loader(images, requests, num_workers, pin_memory), len(chunks), rows)
+
+
+class _Requests:
+    """The batches' rows, in order; tells the source which shards they lie in. The sampler of torch's DataLoader."""
+
+    def __init__(self, source: Any, chunks: Sequence[NDArray[np.int64]], num_ahead: int) -> None:
+        self._source = source
+        self._chunks = chunks
+        self._num_ahead = num_ahead
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        if not hasattr(self._source, "expect"):
+            yield from self._chunks
+            return
+        shards = [_distinct(self._source.shard_of(chunk).tolist()) for chunk in self._chunks]
+        # Where the shards change: (number of the batch, shard).
+        stream = [(place, shard) for place, held in enumerate(shards) for shard in held]
+        changes = [new for old, new in zip([(-1, -1), *stream], stream, strict=False) if new[1] != old[1]]
+        told: tuple[list[int], list[int]] | None = None
+        after = 0
+        for place, chunk in enumerate(self._chunks):
+            # Workers still read the batches that were asked for before this one.
+            present = _distinct(shard for held in shards[max(place - self._num_ahead, 0) : place + 1] for shard in held)
+            while after < len(changes) and changes[after][0] <= place:
+                after += 1
+            following: list[int] = []
+            for _, shard in islice(changes, after, None):
+                if len(following) == _FOLLOWING_SHARDS:
+                    break
+                if shard not in present and shard not in following:
+                    following.append(shard)
+            if told != (present, following):
+                told = (present, following)
+                self._source.expect(present, following)
+            yield chunk
+
+
+def _distinct(shards: Iterable[int]) -> list[int]:
+    return list(dict.fromkeys(shards))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from gcahng.components import is_component_path
 from gcahng.data.images.transform_settings import PRESETS, transform_settings
+from gcahng.data.plans.plan import SAMPLERS, WITHOUT_PASSES
 from gcahng.errors import ConfigError
 from gcahng.training.config_schema import TransformConfig
 from gcahng.training.config_types import show
@@ -60,6 +61,8 @@ LIMITS: tuple[tuple[str, Limit], ...] = (
     ("data.dir", _NOT_EMPTY),
     ("data.validation", _SHARE),
     ("data.num_workers", _NOT_NEGATIVE),
+    ("data.cache_dir", _NOT_EMPTY),
+    ("data.cache_bytes", _NOT_NEGATIVE),
     (
         "data.transform.preset",
         Limit(lambda name: name in PRESETS, f"be one of {', '.join(PRESETS)}"),
@@ -76,7 +79,8 @@ LIMITS: tuple[tuple[str, Limit], ...] = (
     ("data.transform.std", Limit(lambda deviations: min(deviations) > 0, "be above 0 each")),
     ("batch.num_classes", _at_least(2)),
     ("batch.num_samples", _at_least(2)),
-    ("batch.sampler", _name_or_path("uniform", "released")),
+    ("batch.sampler", _name_or_path(*SAMPLERS)),
+    ("batch.passes", _at_least(1)),
     ("model.backbone", _NOT_EMPTY),
     (
         "model.weights",
@@ -169,6 +173,11 @@ RELATIONS: tuple[Relation, ...] = (
         ("loss.metric", "batch.num_samples"),
         lambda metric, samples: metric == "n_pair" and samples != 2,
         "the original N-pair loss takes batch.num_samples=2: got {1}. Set loss.metric=n_pair_plus",
+    ),
+    Relation(
+        ("batch.passes", "batch.sampler"),
+        lambda passes, sampler: passes is not None and sampler in WITHOUT_PASSES,
+        "an epoch of the sampler {1} does not consist of passes: got {0}. Set it to null, or batch.sampler=sample",
     ),
     Relation(
         ("graph.num_heads", "model.embedding_dim", "graph.enabled"),

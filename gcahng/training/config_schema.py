@@ -52,7 +52,8 @@ class DataConfig:
     """Where the images come from and how they are read."""
 
     dir: str
-    """Folder of a converted data set: shards, indices and manifest.json."""
+    """Folder of a converted data set (shards, indexes and manifest.json): a path, or a URL of http(s) or of a
+    file system that fsspec knows, such as s3:// and gs://."""
     validation: float = 0.0
     """Share of the training classes held out for choosing a checkpoint, in [0, 1)."""
     small_classes: Literal["repeat", "drop"] = "repeat"
@@ -61,6 +62,13 @@ class DataConfig:
     """An unreadable image: stop with its key, or replace it, count it and report it."""
     num_workers: int = 4
     """Processes that read and decode images; 0: the training process itself."""
+    remote: Literal["shards", "direct"] = "shards"
+    """Shards of a URL: fetch whole ones ahead into a cache, or read each image from the remote place."""
+    cache_dir: str | None = None
+    """Folder of the cache, shared by the processes and runs of a machine; null: $GCAHNG_CACHE, else the user's
+    cache folder. Shards of a local path are not cached."""
+    cache_bytes: int = 64 << 30
+    """Bound of the cache in bytes; three of the data set's windows should fit."""
     transform: TransformConfig = field(default_factory=TransformConfig)
 
 
@@ -73,7 +81,10 @@ class BatchConfig:
     num_samples: int = 3
     """K, images per class."""
     sampler: str = "uniform"
-    """`uniform`, `released` (the released code's draws), or the dotted path of an own sampler."""
+    """`uniform`, `released` (the released code's draws), `filled` or `sample` (those of the SCT code), or the
+    dotted path of an own sampler."""
+    passes: int | None = None
+    """Passes over the classes per epoch, for `filled`, `sample` and own samplers; null: 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,17 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gcahng.data.images.transform_settings import TransformSettings, transform_settings
 from gcahng.data.loader import TrainLoader
-from gcahng.data.plans.class_table import ClassTable, split_validation
+from gcahng.data.plans.class_table import ClassTable, Integers
+from gcahng.data.plans.validation_classes import split_validation
 from gcahng.data.shards.reader import ShardSet
+from gcahng.data.stores import CacheSettings, ShardStore, open_store
 from gcahng.errors import ConfigError
 from gcahng.training.config import Config, DataConfig, TransformConfig
 
@@ -40,18 +43,28 @@ def image_transform(config: TransformConfig) -> TransformSettings:
     return transform_settings(**config.arguments())
 
 
+def data_store(config: DataConfig) -> ShardStore:
+    """The place of the shards, with the configuration's cache if it is remote.
+
+    Raises:
+        ConfigError: `data.dir` is no place that shards can be read from.
+    """
+    folder = None if config.cache_dir is None else Path(config.cache_dir)
+    return open_store(config.dir, CacheSettings(folder, config.cache_bytes, config.remote))
+
+
 def open_data(config: Config) -> RunData:
     """Open the shards and split off the validation classes.
 
     Raises:
-        DataError: The data set is damaged, or has no training split.
+        DataError: The data set is damaged or out of reach, or has no training split.
         ConfigError: It has fewer training classes than a batch takes, or the validation share holds out too few.
     """
     data = config.data
-    shards = ShardSet.open(data.dir)
-    table = ClassTable.build(
-        shards.class_id,
-        shards.split_samples(TRAIN_SPLIT),
+    shards = ShardSet.open(data.dir, store=data_store(data))
+    table = ClassTable.from_shards(
+        shards,
+        TRAIN_SPLIT,
         samples_per_class=config.batch.num_samples,
         small_classes=data.small_classes,
     )
@@ -81,13 +94,14 @@ def build_train_loader(config: Config, data: RunData, *, pin_memory: bool = Fals
         num_samples=config.batch.num_samples,
         transform=data.transform,
         sampler=config.batch.sampler,
+        passes=config.batch.passes,
         num_workers=config.data.num_workers,
         on_error=config.data.on_error,
         pin_memory=pin_memory,
     )
 
 
-def _check_validation(table: ClassTable, held_out: NDArray[np.int64], config: DataConfig) -> None:
+def _check_validation(table: ClassTable, held_out: Integers, config: DataConfig) -> None:
     """One class alone, or classes of one image, have nothing that could be confused or found."""
     if not config.validation:
         return

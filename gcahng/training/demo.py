@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gcahng.data.conversion.convert import convert
-from gcahng.data.shards.manifest import MANIFEST_NAME, Manifest
+from gcahng.data.shards.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, read_manifest_json
 from gcahng.data.sources.glyphs import Glyphs
 from gcahng.errors import ConfigError, TrainingError
 from gcahng.training.config import load_config
@@ -103,7 +103,7 @@ def _check(paths: DemoPaths, overrides: Sequence[str]) -> None:
 def prepare_data(folder: Path, num_classes: int = NUM_CLASSES) -> None:
     """Make the data set of the demonstration, unless `folder` holds it already.
 
-    Characters that were drawn with other options are replaced.
+    Characters that were drawn with other options, or stored by an earlier release, are replaced.
 
     Args:
         folder: Shard folder.
@@ -114,20 +114,36 @@ def prepare_data(folder: Path, num_classes: int = NUM_CLASSES) -> None:
     """
     # Faces that draw a character alike would make some queries trivial.
     source = Glyphs(seed=DATA_SEED, classes=num_classes, size=IMAGE_SIZE, identical="drop")
-    if (folder / MANIFEST_NAME).is_file():
-        found = Manifest.load(folder)
-        if found.source != source.name:
-            raise ConfigError(
-                f"`{folder}` holds a data set of source {found.source!r}: expected {source.name!r} or an empty "
-                "folder, since the demonstration would replace it. Name another folder with --data."
-            )
-        wanted = {name: getattr(source, name) for name in _DATA_OPTIONS}
-        if (found.seed, found.extra.get("options")) == (DATA_SEED, wanted):
-            return
-        print(f"{folder} was made with other options and is replaced.", flush=True)
+    if (folder / MANIFEST_NAME).is_file() and _is_usable(folder, source):
+        return
     print(f"Drawing {num_classes} characters and writing tar shards to {folder} ...", flush=True)
     # A killed attempt leaves a partial folder, which overwrite replaces.
     convert(source, folder, seed=DATA_SEED, workers=os.cpu_count() or 1, overwrite=True, progress=True)
+
+
+def _is_usable(folder: Path, source: Glyphs) -> bool:
+    """Whether a shard folder holds the demonstration's data set; says so if it is to be replaced.
+
+    Raises:
+        ConfigError: It holds somebody's other data set.
+        DataError: It is damaged.
+    """
+    raw, _ = read_manifest_json(folder)
+    version, name = raw.get("version"), raw.get("source")
+    if name != source.name:
+        raise ConfigError(
+            f"`{folder}` holds a data set of source {name!r}: expected {source.name!r} or an empty "
+            "folder, since the demonstration would replace it. Name another folder with --data."
+        )
+    if type(version) is int and 0 < version < MANIFEST_VERSION:
+        print(f"{folder} was made by an earlier release and is replaced.", flush=True)
+        return False
+    found = Manifest.load(folder)
+    wanted = {name: getattr(source, name) for name in _DATA_OPTIONS}
+    if (found.seed, found.extra.get("options")) == (DATA_SEED, wanted):
+        return True
+    print(f"{folder} was made with other options and is replaced.", flush=True)
+    return False
 
 
 def _train(paths: DemoPaths, run_dir: Path, overrides: tuple[str, ...]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Evaluate a saved metric model on any converted data set."""
+"""Evaluate a saved metric model on any converted data set, or on plain tars."""
 
 import dataclasses
 import logging
@@ -12,8 +12,15 @@ from gcahng.data.shards.reader import ShardSet
 from gcahng.models import Embedder
 from gcahng.training import checkpoint
 from gcahng.training.config import Config, load_config
-from gcahng.training.data_setup import image_transform
-from gcahng.training.evaluation import EmbeddingSettings, as_row, check_evaluation, evaluate
+from gcahng.training.data_setup import data_store, image_transform
+from gcahng.training.evaluation import (
+    EmbeddingSettings,
+    TarSets,
+    as_row,
+    check_evaluation,
+    evaluate,
+    evaluate_tars,
+)
 from gcahng.training.parts import build_metric_model, choose_device
 
 log = logging.getLogger(__name__)
@@ -61,15 +68,30 @@ def embedding_settings(config: Config, *, progress_bars: bool = False) -> Embedd
     )
 
 
-def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), *, progress_bars: bool = False) -> dict[str, Any]:
+def evaluate_checkpoint(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    tars: TarSets | None = None,
+    save_to: Path | None = None,
+    progress_bars: bool = False,
+) -> dict[str, Any]:
     """Metrics of a checkpoint as a row (see `gcahng.training.evaluation.as_row`).
 
+    Args:
+        path: Checkpoint folder, a link to one, or a file inside.
+        overrides: `section.key=value`, for example another data.dir.
+        tars: Plain WebDataset tars to evaluate in place of data.dir.
+        save_to: Write the embeddings to this file, see `gcahng.training.saved_embeddings.save_embeddings`.
+        progress_bars: Show a bar.
     Raises:
         ConfigError: There is no checkpoint, it does not fit, or a k exceeds what a query can find.
         DataError: Checkpoint or data are damaged, or the split cannot be evaluated.
     """
     model, config = load_metric_model(path, overrides)
-    shards = ShardSet.open(config.data.dir)
-    check_evaluation(shards, config.eval)
     settings = embedding_settings(config, progress_bars=progress_bars)
-    return as_row(evaluate(model, shards, config.eval, settings))
+    if tars is not None:
+        return as_row(evaluate_tars(model, tars, config.eval, settings, save_to=save_to))
+    shards = ShardSet.open(config.data.dir, store=data_store(config.data))
+    check_evaluation(shards, config.eval)
+    return as_row(evaluate(model, shards, config.eval, settings, save_to=save_to))

@@ -1,87 +1,54 @@
-"""Embed a split and rank it."""
+"""Rank what was embedded: splits of a shard folder, or plain tars."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
-from gcahng.data.eval_loader import eval_loader
-from gcahng.data.images.transform_settings import TransformSettings
-from gcahng.data.images.transforms import normalise
 from gcahng.data.shards.reader import ShardSet
-from gcahng.errors import ConfigError, DataError, TrainingError
+from gcahng.data.tars.labels import label_ids
+from gcahng.data.tars.locations import find_tars
+from gcahng.errors import ConfigError, DataError
 from gcahng.metrics import RetrievalResult, retrieval
 from gcahng.models import Embedder
 from gcahng.training.config import EvalConfig
+from gcahng.training.embedding import EmbeddedTars, EmbeddingSettings, embed_rows, embed_tars
+from gcahng.training.saved_embeddings import NamedEmbeddings, check_target, save_embeddings
+
+__all__ = [
+    "EmbeddingSettings",
+    "TarSets",
+    "as_row",
+    "check_evaluation",
+    "embed_rows",
+    "evaluate",
+    "evaluate_tars",
+    "recall_at_1",
+    "usable_ks",
+]
+
+Embedded = tuple[Tensor, Tensor]
+"""Embeddings (n, D) and class ids (n,)."""
 
 
 @dataclass(frozen=True)
-class EmbeddingSettings:
-    """How images become embeddings.
+class TarSets:
+    """Plain tars to evaluate.
 
     Attributes:
-        transform: Image transforms.
-        batch_size: Images at once.
-        num_workers: Processes that decode.
-        device: Where the model is.
-        matmul_dtype: Autocast dtype, None for fp32.
-        progress: Show a bar.
+        query: Paths or URLs, see `gcahng.data.tars.locations.find_tars`; every image queries all the others.
+        gallery: Those that are searched instead (protocol `query_gallery`).
+        label_field: Field of `.json` that holds the class, see `gcahng.data.tars.labels.read_label`.
     """
 
-    transform: TransformSettings
-    batch_size: int
-    num_workers: int
-    device: torch.device
-    matmul_dtype: torch.dtype | None = None
-    progress: bool = False
-
-
-@torch.no_grad()
-def embed_rows(
-    model: Embedder, shards: ShardSet, rows: NDArray[np.int64], settings: EmbeddingSettings
-) -> tuple[Tensor, Tensor]:
-    """Embeddings (n, D) float32 and class ids (n,) of the rows, in their order, on the CPU.
-
-    Raises:
-        DataError: An image is unreadable.
-        TrainingError: An embedding is not finite; the message names the sample.
-    """
-    was_training = model.training
-    model.eval()
-    loader = eval_loader(
-        shards,
-        rows,
-        transform=settings.transform,
-        batch_size=settings.batch_size,
-        num_workers=settings.num_workers,
-        pin_memory=settings.device.type == "cuda",
-    )
-    embeddings, labels = [], []
-    try:
-        for images, class_ids, batch_rows in tqdm(
-            loader, desc="embed", unit="batch", leave=False, disable=not settings.progress
-        ):
-            inputs = normalise(images.to(settings.device, non_blocking=True), settings.transform)
-            enabled = settings.matmul_dtype is not None
-            with torch.autocast(settings.device.type, dtype=settings.matmul_dtype, enabled=enabled):
-                z = model(inputs).float().cpu()
-            bad = ~torch.isfinite(z).all(1)
-            if bool(bad.any()):
-                key = shards.key(int(batch_rows[bad][0]))
-                raise TrainingError(
-                    f"{int(bad.sum())} embeddings of a batch are not finite, the first of sample {key}. "
-                    "The checkpoint diverged, or the image holds no finite values."
-                )
-            embeddings.append(z)
-            labels.append(class_ids)
-    finally:
-        model.train(was_training)
-    return torch.cat(embeddings), torch.cat(labels)
+    query: Sequence[str | Path]
+    gallery: Sequence[str | Path] | None = None
+    label_field: str | None = None
 
 
 def evaluate(
@@ -92,6 +59,7 @@ def evaluate(
     *,
     rows: NDArray[np.int64] | None = None,
     num_neighbours: int = 0,
+    save_to: Path | None = None,
 ) -> RetrievalResult:
     """Retrieval metrics of a split (or of the given rows, by self-retrieval), ranked on the model's device.
 
@@ -99,32 +67,72 @@ def evaluate(
         config: Protocol, split and ks.
         rows: Rows to search among themselves instead of the configured split.
         num_neighbours: Nearest neighbours to return per query.
+        save_to: Write the embeddings to this file, see `save_embeddings`.
     """
-    if rows is not None or config.protocol == "self":
-        chosen = shards.split_samples(config.split) if rows is None else rows
-        query, labels = _embed_on_device(model, shards, chosen, settings)
-        ks = usable_ks(config.ks, len(query) - 1) if rows is not None else config.ks
-        return retrieval(query, labels, ks=ks, chunk_size=config.chunk_size, num_neighbours=num_neighbours)
-    gallery_rows = _gallery_rows(shards, config)
-    query, labels = _embed_on_device(model, shards, shards.split_samples(config.split), settings)
-    gallery, gallery_labels = _embed_on_device(model, shards, gallery_rows, settings)
-    return retrieval(
-        query,
-        labels,
-        gallery,
-        gallery_labels,
-        ks=config.ks,
-        chunk_size=config.chunk_size,
-        num_neighbours=num_neighbours,
-    )
+    if save_to is not None:
+        check_target(save_to)
+    ks, gallery_rows = config.ks, None
+    if rows is not None:
+        query_rows = rows
+        ks = usable_ks(config.ks, len(rows) - 1)
+    else:
+        query_rows = shards.split_samples(config.split)
+        if config.protocol == "query_gallery":
+            gallery_rows = _gallery_rows(shards, config)
+    query = embed_rows(model, shards, query_rows, settings)
+    gallery = None if gallery_rows is None else embed_rows(model, shards, gallery_rows, settings)
+    if save_to is not None:
+        named = NamedEmbeddings.of_rows(query, shards, query_rows)
+        searched = None
+        if gallery is not None and gallery_rows is not None:
+            searched = NamedEmbeddings.of_rows(gallery, shards, gallery_rows)
+        save_embeddings(save_to, named, searched, lambda class_id: shards.classes[class_id].name)
+    return _rank(query, gallery, ks, config, settings, num_neighbours)
 
 
-def _embed_on_device(
-    model: Embedder, shards: ShardSet, rows: NDArray[np.int64], settings: EmbeddingSettings
-) -> tuple[Tensor, Tensor]:
-    """`embed_rows`, moved to where the model is: only all of them together need the memory there."""
-    embeddings, labels = embed_rows(model, shards, rows, settings)
-    return embeddings.to(settings.device), labels.to(settings.device)
+def evaluate_tars(
+    model: Embedder,
+    tars: TarSets,
+    config: EvalConfig,
+    settings: EmbeddingSettings,
+    *,
+    num_neighbours: int = 0,
+    save_to: Path | None = None,
+) -> RetrievalResult:
+    """Retrieval metrics of plain WebDataset tars, which need no manifest and no index.
+
+    Args:
+        tars: What to embed.
+        config: Protocol and ks; its splits are of shard folders and play no part.
+        num_neighbours: Nearest neighbours to return per query.
+        save_to: Write the embeddings to this file, see `save_embeddings`.
+    Raises:
+        ConfigError: The protocol asks for a gallery that is missing, or has no use for the one given; or a k exceeds
+            what a query can find.
+        DataError: See `embed_tars`; or labels of query and gallery are of different kinds, or nothing can be found.
+    """
+    if save_to is not None:
+        check_target(save_to)
+    if (config.protocol == "query_gallery") != (tars.gallery is not None):
+        want = "a gallery (--gallery-tars)" if tars.gallery is None else "no gallery"
+        raise ConfigError(
+            f"`eval.protocol` is {config.protocol}: expected {want} beside the tars. Change one of them "
+            "(eval.protocol=self or eval.protocol=query_gallery)."
+        )
+    if tars.gallery is not None:
+        find_tars(tars.gallery)  # a wrong path is found now, not after the queries
+    query = embed_tars(model, tars.query, settings, tars.label_field)
+    gallery = None if tars.gallery is None else embed_tars(model, tars.gallery, settings, tars.label_field)
+    ids, gallery_ids, names = _joint_labels(query, gallery)
+    _check_answerable(ids.numpy(), None if gallery_ids is None else gallery_ids.numpy(), config.ks, "the tars")
+    if save_to is not None:
+        searched = None
+        if gallery is not None and gallery_ids is not None:
+            searched = NamedEmbeddings(gallery.embeddings, gallery_ids, gallery.keys, gallery.tars)
+        named = NamedEmbeddings(query.embeddings, ids, query.keys, query.tars)
+        save_embeddings(save_to, named, searched, str if names is None else names.__getitem__)
+    pair = None if gallery is None or gallery_ids is None else (gallery.embeddings, gallery_ids)
+    return _rank((query.embeddings, ids), pair, config.ks, config, settings, num_neighbours)
 
 
 def check_evaluation(shards: ShardSet, config: EvalConfig) -> None:
@@ -134,21 +142,59 @@ def check_evaluation(shards: ShardSet, config: EvalConfig) -> None:
         DataError: A split does not exist, or no query has an image of its class to find.
         ConfigError: A k exceeds what a query can find.
     """
-    query = shards.class_id[shards.split_samples(config.split)]
-    gallery, excluded = query, 1
-    if config.protocol == "query_gallery":
-        gallery, excluded = shards.class_id[_gallery_rows(shards, config)], 0
-    if config.ks[-1] > len(gallery) - excluded:
+    query = shards.class_ids(shards.split_samples(config.split))
+    gallery = shards.class_ids(_gallery_rows(shards, config)) if config.protocol == "query_gallery" else None
+    _check_answerable(query, gallery, config.ks, f"split {config.split!r}")
+
+
+def _check_answerable(
+    query: NDArray[np.int64], gallery: NDArray[np.int64] | None, ks: tuple[int, ...], what: str
+) -> None:
+    """Class ids of the images that search, and of those that are searched if they are others."""
+    searched, excluded = (query, 1) if gallery is None else (gallery, 0)
+    if ks[-1] > len(searched) - excluded:
         raise ConfigError(
-            f"`eval.ks` must not exceed what a query can find: expected at most {len(gallery) - excluded}, got "
-            f"{config.ks[-1]}. Drop the larger ones."
+            f"`eval.ks` must not exceed what a query can find: expected at most {len(searched) - excluded}, got "
+            f"{ks[-1]}. Drop the larger ones."
         )
-    classes, counts = np.unique(gallery, return_counts=True)
+    classes, counts = np.unique(searched, return_counts=True)
     if not np.isin(query, classes[counts > excluded]).any():
+        repair = "--tars and --label-field" if what == "the tars" else "eval.split and eval.gallery_split"
+        raise DataError(f"No image of {what} has another image of its class to find. Check {repair}, or add images.")
+
+
+def _rank(
+    query: Embedded,
+    gallery: Embedded | None,
+    ks: tuple[int, ...],
+    config: EvalConfig,
+    settings: EmbeddingSettings,
+    num_neighbours: int,
+) -> RetrievalResult:
+    """Rank where the model is: only all embeddings together need the memory there."""
+    device = settings.device
+    return retrieval(
+        query[0].to(device),
+        query[1].to(device),
+        None if gallery is None else gallery[0].to(device),
+        None if gallery is None else gallery[1].to(device),
+        ks=ks,
+        chunk_size=config.chunk_size,
+        num_neighbours=num_neighbours,
+    )
+
+
+def _joint_labels(query: EmbeddedTars, gallery: EmbeddedTars | None) -> tuple[Tensor, Tensor | None, list[str] | None]:
+    """Class ids of both sets, and the names of classes that have one."""
+    others = [] if gallery is None else gallery.labels
+    if others and type(others[0]) is not type(query.labels[0]):
         raise DataError(
-            f"No image of split {config.split!r} has another image of its class to find. Check eval.split and "
-            "eval.gallery_split, or add images."
+            "Labels of query and gallery must be of one kind: expected numbers in both or names in both, got "
+            f"{query.labels[0]!r} and {others[0]!r}. Name the field to take (--label-field)."
         )
+    ids, names = label_ids([*query.labels, *others])
+    first, second = torch.from_numpy(ids).split([len(query.labels), len(others)])
+    return first, (None if gallery is None else second), names
 
 
 def _gallery_rows(shards: ShardSet, config: EvalConfig) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ from PIL import Image
 from gcahng.data.images.decode import decode_image
 from gcahng.data.shards.reader import ShardSet
 from gcahng.metrics import retrieval
+from gcahng.training.data_setup import data_store
 from gcahng.training.evaluate_checkpoint import embedding_settings, load_metric_model
 from gcahng.training.evaluation import embed_rows
 from gcahng.training.pictures import Neighbour, Query, choose_queries, neighbour_picture
@@ -29,7 +30,7 @@ def draw_neighbours(
         InputError: The checkpoint or its data set cannot be used, or an image is unreadable.
     """
     model, config = load_metric_model(checkpoint)
-    shards = ShardSet.open(config.data.dir)
+    shards = ShardSet.open(config.data.dir, store=data_store(config.data))
     rows = shards.split_samples(config.eval.split)
     embeddings, labels = embed_rows(model, shards, rows, embedding_settings(config))
     num_neighbours = min(num_neighbours, len(rows) - 1)  # all others of a small split

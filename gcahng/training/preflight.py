@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gcahng.components import is_component_path, load_component
-from gcahng.data.shards.manifest import Manifest
+from gcahng.data.shards.reader import load_manifest
 from gcahng.errors import ConfigError, InputError
 from gcahng.models import check_backbone_name
 from gcahng.training import checkpoint
 from gcahng.training.config import Config
+from gcahng.training.data_setup import data_store
 from gcahng.training.parts import choose_device
 
 
@@ -38,7 +39,7 @@ def preflight(config: Config, *, overwrite: bool = False) -> None:
 
 
 def _checks(config: Config, starts_anew: bool) -> Iterator[Callable[[], object]]:
-    yield lambda: Manifest.load(config.data.dir)
+    yield lambda: load_manifest(data_store(config.data))
     yield lambda: check_backbone_name(config.model.backbone)
     yield lambda: choose_device(config.train.device)
     own = [config.loss.metric, config.batch.sampler]

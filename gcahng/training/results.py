@@ -36,4 +36,6 @@ def results_text(results: Mapping[str, Any], run_dir: str) -> str:
         )
     if results["skipped_images"]:
         lines.append(f"unreadable images replaced: {results['skipped_images']}")
+    if results.get("repaired_draws"):
+        lines.append(f"draws of the sampler repaired: {results['repaired_draws']}")
     return "\n".join(lines)

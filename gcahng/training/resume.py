@@ -21,8 +21,11 @@ from gcahng.training.parts import OPTIMIZER_OF
 # folder; `train.epochs` is free where no schedule depends on it.
 FREE = frozenset(
     {
+        "data.cache_bytes",
+        "data.cache_dir",
         "data.dir",
         "data.num_workers",
+        "data.remote",
         "train.device",
         "train.epochs",
         "train.keep_last",
@@ -36,8 +39,12 @@ FREE_SECTION = "eval."
 
 def class_digest(data: RunData) -> str:
     """Checksum (hexadecimal sha256) of the training classes' names in the order of their labels."""
-    names = [data.shards.classes[i].name for i in data.table.class_ids.tolist()]
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    digest = hashlib.sha256(b"[")  # of the names as one JSON list, which is never held as a whole
+    for label, class_id in enumerate(data.table.class_ids.tolist()):
+        name = json.dumps(data.shards.classes[class_id].name)
+        digest.update(f"{', ' if label else ''}{name}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def check_resumable(

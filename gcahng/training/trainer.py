@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Progress:
         epoch: Epochs finished.
         step: Iterations finished.
         skipped: Unreadable images replaced so far.
+        repaired: Draws of the sampler so far that gave way to others, since their batch held them already.
         best: Best evaluation row by split: "validation" by MAP@R, "test" by R@1 (method section 7) and then MAP@R.
         scores: What the best rows were chosen by: [MAP@R], or [R@1, MAP@R].
         last: Newest evaluation rows by split.
@@ -56,6 +58,7 @@ class Progress:
     epoch: int = 0
     step: int = 0
     skipped: int = 0
+    repaired: int = 0
     best: dict[str, dict[str, Any]] = field(default_factory=dict)
     scores: dict[str, list[float]] = field(default_factory=dict)
     last: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -133,6 +136,7 @@ class Trainer:
                 for problem in batch.problems:
                     log.warning("Skipped: %s", problem)
                 self.progress.skipped += batch.skipped
+                self.progress.repaired += batch.repaired
                 on_device = batch.to(self.device, non_blocking=True)
                 report = self.run_step(on_device.images, on_device.labels, on_device.rows)
                 self.progress.step += 1
@@ -160,6 +164,7 @@ class Trainer:
     def _log_step(self, report: Mapping[str, Tensor], epoch: int, run_log: RunLog) -> None:
         values: dict[str, Any] = {name: float(value) for name, value in report.items()}
         values["skipped_images"] = self.progress.skipped
+        values["repaired_draws"] = self.progress.repaired
         for name, optimizer in self.parts.optimizers.items():
             values[f"lr_{name}"] = float(optimizer.param_groups[0]["lr"])
         recent = self._seconds[-self.config.train.log_every :]
@@ -229,9 +234,10 @@ class Trainer:
             "averages": self.averages.state_dict(),
             "schedules": {name: s.state_dict() for name, s in self.parts.schedules.items()},
             "backend": self.backend.state_dict(),
-            "data": self._data_identity(),
+            "data": self._data_identity,
         }
 
+    @cached_property
     def _data_identity(self) -> dict[str, Any]:
         return {
             "manifest": self.data.shards.manifest.digest(),
@@ -241,7 +247,7 @@ class Trainer:
 
     def _load(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
-        check_resumable(folder, state["data"], self._data_identity(), self.config, self.parts.optimizers)
+        check_resumable(folder, state["data"], self._data_identity, self.config, self.parts.optimizers)
         for name, module in self.parts.modules.items():
             checkpoint.load_module(module, folder, name)
         for name, optimizer in self.parts.optimizers.items():
@@ -286,7 +292,7 @@ class Trainer:
             return
         folder = checkpoint.find_checkpoint(Path(self.config.train.init_from))
         checkpoint.verify(folder)
-        same_classes = checkpoint.read_state(folder)["data"]["classes"] == class_digest(self.data)
+        same_classes = checkpoint.read_state(folder)["data"]["classes"] == self._data_identity["classes"]
         fresh = checkpoint.start_from(modules, folder, same_classes=same_classes)
         log.info("Started from %s; fresh: %s.", folder, ", ".join(fresh) or "none")
 
@@ -304,6 +310,7 @@ class Trainer:
             "best_test": None if best_test is None else best_test | {"note": SELECTION_NOTE},
             "steps": self.progress.step,
             "skipped_images": self.progress.skipped,
+            "repaired_draws": self.progress.repaired,
             "seconds_per_step": statistics.median(steady) if steady else None,
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
