@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 README = Path(__file__).parent / "README.md"
 GLYPHS = ["matplotlib>=3.8", "fonttools>=4.40"]
 PICTURES = ["matplotlib>=3.8"]
+CARS = ["scipy>=1.11"]
 
 setup(
     name="gcahng",
@@ -25,16 +26,23 @@ setup(
         "timm>=1.0",
         "accelerate>=1.1",
         "webdataset>=1.0",
+        "braceexpand>=0.1.7",
         "pyyaml>=6.0",
         "safetensors>=0.4",
         "numpy>=1.26",
         "pillow>=10.3",
+        "simplejpeg>=1.8",
         "tqdm>=4.66",
         "tensorboard>=2.16",
+        # Remote shards: web servers, and object stores with the package of each (s3fs, gcsfs, ...).
+        "urllib3>=2.2.2",
+        "fsspec>=2024.2",
     ],
     extras_require={
         # Draw the embedded data set `glyphs` and the demo's picture.
         "glyphs": GLYPHS,
+        # Read cars_annos.mat of Cars-196.
+        "cars": CARS,
         # Neighbour pictures.
         "pictures": PICTURES,
         # The plain edge-list graph on its usual kernels; compiles against the installed torch, so
@@ -42,6 +50,7 @@ setup(
         "scatter": ["torch_scatter>=2.1"],
         # `make test`.
         "test": [
+            *CARS,
             "pytest>=8.0",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",

@@ -1,7 +1,7 @@
 """Example: one of each component of one's own, named in a configuration or on a command line by dotted path.
 
 model.backbone: example_components:TwoConvolutions      model.backbone_args: {width: 6}
-batch.sampler: example_components:in_turn
+batch.sampler: example_components:in_turn, or example_components:SimilarClasses
 loss.metric: example_components:CentreLoss              loss.args: {margin: 0.5}
 optim.metric_model.name: example_components:SignDescent
 python -m shards.convert custom --source-class example_components:ArrayFile --source FOLDER --out OUT
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gcahng.data.plans.batch_plan import BatchPlan, num_batches
+from gcahng.data.plans.batch_plan import BatchPlan, PlanRequest, num_batches
 from gcahng.data.plans.class_table import ClassTable
 from gcahng.data.sources.source import Listing, SourceItem
 
@@ -75,9 +75,34 @@ class InTurn:
         return BatchPlan(labels, np.stack(columns, axis=1))
 
 
-def in_turn(table: ClassTable, seed: int, epoch: int, num_classes: int, num_samples: int) -> InTurn:
+def in_turn(request: PlanRequest) -> InTurn:
     """A sampler; this one draws nothing, so the seed does not matter."""
-    return InTurn(table, epoch, num_classes, num_samples)
+    return InTurn(request.table, request.epoch, request.num_classes, request.num_samples)
+
+
+class SimilarClasses:
+    """A sampler that puts similar classes together: a random class and those nearest to it make a batch.
+
+    Nearest by the centres of the classes' embeddings, where the run has them; at random before.
+    """
+
+    def __init__(self, request: PlanRequest) -> None:
+        self.request = request
+
+    def __len__(self) -> int:
+        request = self.request
+        return num_batches(request.table.num_samples, request.num_classes, request.num_samples)
+
+    def batch(self, index: int) -> BatchPlan:
+        request = self.request
+        draws = np.random.default_rng((request.seed, request.epoch, index))
+        order = draws.permutation(request.table.num_classes)
+        if request.class_centres is not None:
+            distances = np.linalg.norm(request.class_centres - request.class_centres[order[0]], axis=1)
+            order = np.argsort(distances, kind="stable")
+        labels = order[: request.num_classes]
+        columns = [draws.permutation(request.table.rows_of(label))[: request.num_samples] for label in labels.tolist()]
+        return BatchPlan(labels, np.stack(columns, axis=1))
 
 
 class SignDescent(torch.optim.Optimizer):

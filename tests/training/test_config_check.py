@@ -39,7 +39,11 @@ IMPOSSIBLE = [
     ("data__transform__std", [1, 1], "must be a list of 3 numbers or null: got [1, 1]"),
     ("batch__num_classes", 1, "must be at least 2: got 1"),
     ("batch__num_samples", 1, "must be at least 2: got 1"),
-    ("batch__sampler", "random", "must be one of uniform, released, or a dotted path"),
+    ("batch__sampler", "random", "must be one of uniform, released, filled, sample, or a dotted path"),
+    ("batch__passes", 0, "batch.passes (mapping): must be at least 1: got 0"),
+    ("data__cache_dir", "", "data.cache_dir (mapping): must not be empty: got ''"),
+    ("data__cache_bytes", -1, "data.cache_bytes (mapping): must be at least 0: got -1"),
+    ("data__remote", "stream", "must be one of shards, direct: got 'stream'"),
     ("model__backbone", "", "must not be empty"),
     ("model__weights", "a.bin", "must end in .safetensors, .pth or .pt: got 'a.bin'"),
     ("model__embedding_dim", 0, "must be at least 2: got 0"),
@@ -91,6 +95,11 @@ def test_impossible_values_are_refused(key, value, message):
 
 
 RELATED = [
+    (
+        {"batch__sampler": "released", "batch__passes": 2},
+        "batch.passes (mapping): an epoch of the sampler 'released' does not consist of passes: got 2. Set it to null",
+    ),
+    ({"batch__passes": 1}, "an epoch of the sampler 'uniform' does not consist of passes: got 1."),
     (
         {"model__embedding_dim": 510},
         "graph.num_heads (default): must divide model.embedding_dim (510): got 4",
@@ -165,6 +174,10 @@ def test_settings_that_contradict_each_other(settings, message):
         {"model__pretrained": True, "model__backbone": "small_conv", "model__weights": "w.pth"},
         {"optim__graph__name": "sgd", "optim__graph__momentum": 0.9},
         {"optim__graph__name": "my.optim:Lion", "batch__sampler": "my.samplers.Own"},
+        {"batch__sampler": "sample", "batch__passes": 5},
+        {"batch__sampler": "filled"},
+        {"batch__sampler": "my.samplers.Own", "batch__passes": 2},
+        {"data__dir": "s3://bucket/sop", "data__cache_bytes": 0, "data__remote": "direct"},
         {"train__precision": "fp16"},
         {"train__resume": "runs/a/step-5", "train__warm_up_epochs": 100},
         {"eval__protocol": "query_gallery", "eval__split": "q", "eval__gallery_split": "g"},

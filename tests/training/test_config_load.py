@@ -153,7 +153,7 @@ def test_section_given_as_a_value(tmp_path):
 
 def test_unknown_key_without_a_near_one_lists_the_known(tmp_path):
     faults = faults_of(write(tmp_path / "a.yaml", SMALLEST + "batch: {zzzz: 3}\n"))
-    assert faults[0].endswith("unknown key; known here: num_classes, num_samples, sampler.")
+    assert faults[0].endswith("unknown key; known here: num_classes, num_samples, sampler, passes.")
 
 
 def test_override_that_is_no_yaml(tmp_path):

@@ -6,12 +6,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from run_cases import convert_patterns, draw_patterns, make_config, make_trainer, read_metrics, train
+from faulty_server import serve
+from run_cases import (
+    assert_same_tensors,
+    convert_patterns,
+    draw_patterns,
+    make_config,
+    make_trainer,
+    read_metrics,
+    saved_tensors,
+    train,
+)
 
 from gcahng.data.shards.reader import ShardSet
 from gcahng.errors import ConfigError, DataError
 from gcahng.training.config import TransformConfig
 from gcahng.training.data_setup import build_train_loader, image_transform, open_data
+from gcahng.training.evaluate_checkpoint import evaluate_checkpoint
+from gcahng.training.results import results_text
 
 BASELINE = {"graph.enabled": False, "generation.enabled": False}
 
@@ -40,8 +52,8 @@ def test_settings_reach_the_loader(shards, tmp_path) -> None:
     batch = next(iter(loader.epoch_iterator(0)))
     assert batch.images.shape == (15, 3, 12, 12) and batch.num_samples == 3
     assert torch.equal(batch.labels, batch.classes.repeat(3))
-    class_ids = torch.from_numpy(data.table.class_ids)[batch.labels]
-    assert torch.equal(class_ids, torch.from_numpy(data.shards.class_id)[batch.rows])
+    class_ids = torch.from_numpy(data.table.class_ids.astype(np.int64))[batch.labels]
+    assert torch.equal(class_ids, torch.from_numpy(data.shards.class_ids(batch.rows)))
     others = [settings | {"seed": 5}, settings | {"batch.sampler": "released"}]
     for other in others:
         config = make_config(shards, tmp_path, other)
@@ -81,7 +93,7 @@ def uneven_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def small_class_ids(shards: Path, below: int) -> list[int]:
     shard_set = ShardSet.open(shards)
-    train_ids, counts = np.unique(shard_set.class_id[shard_set.split_samples("train")], return_counts=True)
+    train_ids, counts = np.unique(shard_set.class_ids(shard_set.split_samples("train")), return_counts=True)
     return train_ids[counts < below].tolist()
 
 
@@ -118,9 +130,9 @@ def with_damaged_image(shards: Path, folder: Path) -> tuple[Path, str]:
     damaged = Path(shutil.copytree(shards, folder))
     shard_set = ShardSet.open(damaged)
     row = int(shard_set.split_samples("train")[0])
-    file = damaged / shard_set.manifest.shards[shard_set.shard[row]].name
+    file = damaged / shard_set.shard_name(row)
     content = bytearray(file.read_bytes())
-    content[int(shard_set.offset[row]) + 60] ^= 0xFF
+    content[shard_set.record(row).offset + 60] ^= 0xFF
     file.write_bytes(content)
     return damaged, shard_set.key(row)
 
@@ -147,12 +159,54 @@ def test_a_skipped_image_is_counted_and_reported(shards, tmp_path, caplog) -> No
     assert len(warnings) == 2 and all(key in warning for warning in warnings)
 
 
+def test_repaired_draws_are_counted_and_reported(shards, tmp_path) -> None:
+    """8 classes in batches of 5: some batch spans two passes whose orders share a class."""
+    settings = BASELINE | {"batch.num_classes": 5, "batch.sampler": "sample", "batch.passes": 10, "train.epochs": 2}
+    results = train(shards, tmp_path / "run", settings)
+    config = make_config(shards, tmp_path / "again", settings)
+    loader = build_train_loader(config, open_data(config))
+    expected = [batch.repaired for epoch in (0, 1) for batch in loader.epoch_iterator(epoch)]
+    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "step"]
+    assert [row["repaired_draws"] for row in rows] == np.cumsum(expected).tolist()
+    assert results["repaired_draws"] == sum(expected) > 0
+    assert f"draws of the sampler repaired: {sum(expected)}" in results_text(results, "run")
+
+
 def test_the_count_goes_on_after_a_resume(shards, tmp_path) -> None:
     damaged, _ = with_damaged_image(shards, tmp_path / "damaged")
     settings = BASELINE | ALL_IMAGES | {"data.on_error": "skip"}
     train(damaged, tmp_path / "run", settings | {"train.epochs": 1})
     results = train(damaged, tmp_path / "run", settings | {"train.resume": "auto"})
     assert results["skipped_images"] == 2
+
+
+@pytest.mark.parametrize(("remote", "num_workers"), [("shards", 2), ("direct", 0)])
+def test_a_run_reads_from_a_server_what_it_reads_from_a_folder(shards, tmp_path, remote: str, num_workers: int) -> None:
+    settings = BASELINE | {"data.remote": remote, "data.num_workers": num_workers, "train.epochs": 2}
+    settings |= {"data.cache_dir": str(tmp_path / "cache"), "data.cache_bytes": 10**8}
+    local = train(shards, tmp_path / "local", settings | {"data.num_workers": 0})
+    assert not (tmp_path / "cache").exists()
+    with serve(shards) as server:
+        found = train(server.url, tmp_path / "run", settings | {"train.epochs": 1})
+        # Where the data lie and how they are cached may change between a run and its continuation.
+        moved = {"train.resume": "auto", "data.cache_bytes": 10**9}
+        found = train(server.url, tmp_path / "run", settings | moved)
+        assert evaluate_checkpoint(tmp_path / "run" / "last")["recall_at_1"] == found["last"]["recall_at_1"]
+    assert_same_tensors(saved_tensors(tmp_path / "run"), saved_tensors(tmp_path / "local"))
+    assert found["last"] == local["last"]
+    cached = list((tmp_path / "cache" / "shards").glob("*"))
+    assert bool(cached) == (remote == "shards"), "whole shards are cached, or none"
+
+
+def test_a_server_without_the_data_set_is_named_at_the_start(tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    with serve(tmp_path / "empty") as server, pytest.raises(DataError, match=f"`manifest.json` of {server.url}"):
+        make_trainer(server.url, tmp_path / "run", {"data.cache_dir": str(tmp_path / "cache")})
+
+
+def test_a_place_that_runs_commands_is_refused(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="`pipe:` is refused as a place of shards"):
+        make_trainer("pipe:cat shards", tmp_path / "run")
 
 
 def test_no_data_set_at_the_path(tmp_path) -> None:

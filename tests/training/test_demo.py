@@ -159,7 +159,7 @@ def test_data_set_of_other_options_was_replaced(demo: FinishedDemo) -> None:
     assert f"{demo.paths.data} was made with other options and is replaced." in demo.out
     assert f"{DRAWING} {demo.paths.data}" in demo.out
     manifest = Manifest.load(demo.paths.data)
-    assert len(manifest.classes) == manifest.extra["options"]["classes"] == NUM_CLASSES
+    assert manifest.classes.count == manifest.extra["options"]["classes"] == NUM_CLASSES
     assert manifest.splits["test"]["classes"] == NUM_CLASSES // 2
 
 
@@ -185,6 +185,41 @@ def test_another_data_set_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds a data set of source 'folder': expected 'glyphs'.*with --data"):
         prepare_data(folder, NUM_CLASSES)
     assert (folder / "manifest.json").read_bytes() == content
+
+
+def as_version_1(folder: Path) -> Path:
+    """The manifest as the first release wrote it: classes in it, no windows."""
+    raw = json.loads((folder / "manifest.json").read_text())
+    for name in ("window_bytes", "manifest_sha256"):
+        del raw[name]
+    raw |= {"version": 1, "classes": [{"class_id": 0, "name": "train", "split": "train", "num_samples": 1}]}
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    (folder / "classes.jsonl").unlink()
+    return folder
+
+
+def test_characters_of_an_earlier_release_are_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = as_version_1(write_set(tmp_path / "demo", "glyphs", {}))
+    prepare_data(folder, NUM_CLASSES)
+    assert f"{folder} was made by an earlier release and is replaced." in capsys.readouterr().out
+    assert ShardSet.open(folder, verify=True).manifest.classes.count == NUM_CLASSES
+    prepare_data(folder, NUM_CLASSES)
+    assert capsys.readouterr().out == ""
+
+
+def test_another_data_set_of_an_earlier_release_is_not_replaced(tmp_path: Path) -> None:
+    folder = as_version_1(write_set(tmp_path / "cub", "folder", {}))
+    with pytest.raises(ConfigError, match=r"holds a data set of source 'folder': expected 'glyphs'.*with --data"):
+        prepare_data(folder, NUM_CLASSES)
+    assert len(list(folder.iterdir())) == 5
+
+
+def test_characters_of_a_later_release_are_not_replaced(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "demo", "glyphs", {})
+    raw = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(raw | {"version": 3}))
+    with pytest.raises(DataError, match="expected version 2, got 3"):
+        prepare_data(folder, NUM_CLASSES)
 
 
 def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:

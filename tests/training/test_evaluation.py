@@ -62,7 +62,7 @@ def test_every_row_once_and_in_the_order_asked_for(
     assert got.dtype == torch.float32 and not got.requires_grad
     # Batches of other sizes round differently in the last bits.
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-    assert labels.tolist() == shard_set.class_id[rows].tolist()
+    assert labels.tolist() == shard_set.class_ids(rows).tolist()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -183,13 +183,13 @@ def test_training_with_a_query_and_a_gallery_split(street_folder, tmp_path) -> N
 
 def test_validation_classes_are_no_training_classes(shards, shard_set, tmp_path) -> None:
     data = make_trainer(shards, tmp_path / "run", {"data.validation": 0.375}).data
-    held_out = set(shard_set.class_id[data.validation_rows].tolist())
+    held_out = set(shard_set.class_ids(data.validation_rows).tolist())
     assert len(held_out) == 3
     assert held_out.isdisjoint(data.table.class_ids.tolist())
-    test = set(shard_set.class_id[shard_set.split_samples("test")].tolist())
+    test = set(shard_set.class_ids(shard_set.split_samples("test")).tolist())
     assert test.isdisjoint(held_out | set(data.table.class_ids.tolist()))
     assert held_out | set(data.table.class_ids.tolist()) == set(
-        shard_set.class_id[shard_set.split_samples("train")].tolist()
+        shard_set.class_ids(shard_set.split_samples("train")).tolist()
     )
 
 
@@ -240,9 +240,9 @@ def test_an_unreadable_test_image_names_its_sample(shards, model, settings, tmp_
     damaged = Path(shutil.copytree(shards, tmp_path / "damaged"))
     shard_set = ShardSet.open(damaged)
     row = int(shard_set.split_samples("test")[3])
-    file = damaged / shard_set.manifest.shards[shard_set.shard[row]].name
+    file = damaged / shard_set.shard_name(row)
     content = bytearray(file.read_bytes())
-    content[int(shard_set.offset[row]) + 40] ^= 0xFF
+    content[shard_set.record(row).offset + 40] ^= 0xFF
     file.write_bytes(content)
     with pytest.raises(DataError, match=rf"sample {shard_set.key(row)} is damaged: expected crc32"):
         evaluate(model, ShardSet.open(damaged), EvalConfig(), settings)

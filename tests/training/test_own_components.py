@@ -17,7 +17,7 @@ from run_cases import (
 )
 
 from gcahng.data.loader import Batch
-from gcahng.errors import ConfigError
+from gcahng.errors import ConfigError, InputError
 from gcahng.training import checkpoint
 from gcahng.training.evaluate_checkpoint import evaluate_checkpoint
 from shards import convert
@@ -86,6 +86,18 @@ def test_the_own_sampler_decides_the_batches(shards, tmp_path) -> None:
     turns = [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert labels(iter(loader.epoch_iterator(0))) == [turns[i % 2] for i in range(5)]
     assert labels(iter(loader.epoch_iterator(1))) == [turns[i % 2] for i in range(5, 10)]
+
+
+def test_an_own_sampler_puts_similar_classes_together(shards, tmp_path) -> None:
+    settings = {"batch.sampler": "example_components:SimilarClasses"}
+    loader = make_trainer(shards, tmp_path / "run", OWN | settings).loader
+    centres = np.array([[0, 0], [5, 0], [0, 1], [5, 1], [0, 2], [5, 2], [0, 3], [5, 3.0]])
+    with_centres = [set(batch.classes.tolist()) for batch in loader.epoch_iterator(0, class_centres=centres)]
+    assert len(with_centres) == 5
+    assert all(classes in ({0, 2, 4, 6}, {1, 3, 5, 7}) for classes in with_centres)
+    assert len({frozenset(batch.classes.tolist()) for batch in loader.epoch_iterator(0)}) > 2
+    with pytest.raises(InputError, match=r"`class_centres` .* expected \(8, D\), got \(7, 2\)"):
+        loader.epoch_iterator(1, class_centres=centres[:7])
 
 
 def test_a_run_of_own_components_resumes(shards, tmp_path) -> None:

@@ -48,6 +48,7 @@ STEP_KEYS = LOSSES | {
     "lr_graph",
     "lr_classifier",
     "skipped_images",
+    "repaired_draws",
     "step_seconds",
     "data_seconds",
 }
@@ -158,7 +159,7 @@ def test_results_name_last_best_by_validation_and_best_by_test(finished_run) -> 
     assert results["best_test"] == without_kind(best_test)
     assert "as the papers" in note
     assert results["last"] | {"step": 9} == without_kind(test[-1])
-    assert results["steps"] == 9 and results["skipped_images"] == 0
+    assert results["steps"] == 9 and results["skipped_images"] == results["repaired_draws"] == 0
     assert results["seconds_per_step"] > 0 and results["peak_memory_bytes"] > 2**26
     text = results_text(results, "runs/x")
     for title in ("last ", "best by validation", "best by test R@1, as the papers choose"):
