@@ -27,9 +27,9 @@ import psutil
 from gcahng.data.conversion.convert import convert
 from gcahng.data.plans.class_table import ClassTable
 from gcahng.data.plans.plan import coverage_epochs, make_plan
-from gcahng.data.plans.ranks import rank_classes
 from gcahng.data.plans.uniform import UniformPlan
 from gcahng.data.plans.windows import ShardGrouping, home_shards
+from gcahng.data.ranks import rank_classes
 from gcahng.data.shards.class_list import CLASSES_NAME, ClassInfo, encode_classes
 from gcahng.data.shards.index import INDEX_DTYPE, TAR_BLOCK, encode_index
 from gcahng.data.shards.manifest import MANIFEST_VERSION, ClassesFile, Manifest, ShardInfo

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from gcahng.data.dataset import EvalImages, Failure, ImageSource
 from gcahng.data.images.decode import MAX_PIXELS
 from gcahng.data.images.transform_settings import TransformSettings
-from gcahng.data.rank_share import rank_rows
+from gcahng.data.ranks import rank_part
 from gcahng.data.workers import worker_loader
 from gcahng.errors import DataError, InputError
 
@@ -79,7 +79,8 @@ def eval_loader(
     """
     if batch_size < 1:
         raise InputError(f"`batch_size` must be at least 1, got {batch_size}. Raise it.")
-    rows = rank_rows(np.asarray(rows, dtype=np.int64), rank, world_size)
+    rows = np.asarray(rows, dtype=np.int64)
+    rows = rows[rank_part(rows.size, rank, world_size)]
     chunks = [rows[start : start + batch_size] for start in range(0, rows.size, batch_size)]
     images = EvalImages(shards, transform, max_pixels)
     requests = _Requests(shards, chunks, _BATCHES_PER_WORKER * num_workers)

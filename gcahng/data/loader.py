@@ -18,8 +18,8 @@ from gcahng.data.images.transform_settings import TransformSettings
 from gcahng.data.plans.batch_plan import EpochPlan
 from gcahng.data.plans.class_table import ClassTable
 from gcahng.data.plans.plan import make_plan
-from gcahng.data.plans.ranks import rank_classes, rank_sizes
 from gcahng.data.plans.windows import training_shards
+from gcahng.data.ranks import rank_classes, rank_sizes
 from gcahng.data.requests import Requests
 from gcahng.data.workers import requests_in_flight, worker_loader
 from gcahng.errors import DataError, InputError

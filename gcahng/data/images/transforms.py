@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gcahng.data.draws import Purpose, stream
 from gcahng.data.images.picture import Box, Picture, crop, resize, resize_short_side, size_of, to_bytes
 from gcahng.data.images.transform_settings import PRESETS, TransformSettings, transform_settings
-from gcahng.data.plans.draws import Purpose, stream
 from gcahng.errors import DataError, InputError
 
 __all__ = [

@@ -8,10 +8,10 @@ of small classes are worked out here as rows of arrays, with the same result.
 import numpy as np
 from numpy.typing import NDArray
 
+from gcahng.data.draws import Purpose, stream
 from gcahng.data.plans.bounded_cache import BoundedCache
 from gcahng.data.plans.class_table import ClassTable
 from gcahng.data.plans.deal import Deal, Draw
-from gcahng.data.plans.draws import Purpose, stream
 from gcahng.data.plans.philox import Words, row_permutations, stream_words
 
 Numbers = NDArray[np.int64]

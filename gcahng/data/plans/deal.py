@@ -12,7 +12,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from gcahng.data.plans.draws import permutation
+from gcahng.data.draws import permutation
 from gcahng.data.plans.rounds import Numbers, Rounds
 
 

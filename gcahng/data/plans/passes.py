@@ -12,10 +12,10 @@ from abc import ABC, abstractmethod
 import numpy as np
 from numpy.typing import NDArray
 
+from gcahng.data.draws import Purpose, choose, integers, permutation, stream
 from gcahng.data.plans.batch_plan import BatchPlan, PlanRequest, SizedPlan
 from gcahng.data.plans.bounded_cache import BoundedCache
 from gcahng.data.plans.class_images import IN_ROWS, repeated_counts, repeated_places
-from gcahng.data.plans.draws import Purpose, choose, integers, permutation, stream
 from gcahng.data.plans.philox import row_permutations, stream_words
 from gcahng.data.plans.rounds import Numbers, Rounds
 

@@ -1,13 +1,13 @@
 """Words of many streams at once.
 
-`gcahng.data.plans.draws.stream` makes one generator at a time, which takes longer than the few
+`gcahng.data.draws.stream` makes one generator at a time, which takes longer than the few
 words that a small class needs. Here the same words are computed for all classes of a batch together.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gcahng.data.plans.draws import Purpose
+from gcahng.data.draws import Purpose
 
 Words = NDArray[np.uint64]
 Coordinate = NDArray[np.int64] | int

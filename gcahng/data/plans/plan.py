@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gcahng.components import is_component_path, load_component
+from gcahng.data.draws import check_seed
 from gcahng.data.plans.batch_plan import BatchPlan, EpochPlan, PlanRequest, ShardedPlan, num_batches
 from gcahng.data.plans.class_table import ClassTable
-from gcahng.data.plans.draws import check_seed
 from gcahng.data.plans.passes import FilledPlan, SamplePlan
 from gcahng.data.plans.released import ReleasedPlan
 from gcahng.data.plans.uniform import UniformPlan

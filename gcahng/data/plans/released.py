@@ -3,9 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from gcahng.data.draws import Purpose, choose, integers, permutation, stream
 from gcahng.data.plans.batch_plan import BatchPlan, PlanRequest, SizedPlan, num_batches
 from gcahng.data.plans.bounded_cache import BoundedCache
-from gcahng.data.plans.draws import Purpose, choose, integers, permutation, stream
 
 _CACHED_CLASS = 512  # images from which a class's shuffle is kept between its visits
 _KEPT_NUMBERS = 2_000_000  # bound on the shuffles that are kept, 4 bytes each

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gcahng.data.plans.draws import permutation
+from gcahng.data.draws import permutation
 
 Numbers = NDArray[np.int64]
 Value = TypeVar("Value")

@@ -8,10 +8,10 @@ far the earlier ones got.
 import numpy as np
 from numpy.typing import NDArray
 
+from gcahng.data.draws import Purpose, stream
 from gcahng.data.plans.batch_plan import BatchPlan, PlanRequest, SizedPlan, num_batches
 from gcahng.data.plans.class_images import ClassImages
 from gcahng.data.plans.deal import Deal
-from gcahng.data.plans.draws import Purpose, stream
 from gcahng.data.plans.freed_memory import give_back_freed_memory
 from gcahng.data.plans.rounds import Numbers, Rounds
 from gcahng.data.plans.windows import ShardGrouping, Shards, Window, home_shards

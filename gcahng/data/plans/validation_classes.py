@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from gcahng.data.draws import Purpose, check_seed, permutation, stream
 from gcahng.data.plans.class_table import ClassTable, Integers
-from gcahng.data.plans.draws import Purpose, check_seed, permutation, stream
 from gcahng.errors import InputError
 
 

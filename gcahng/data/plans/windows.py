@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gcahng.data.draws import Purpose, permutation, stream
 from gcahng.data.plans.class_table import ClassTable
-from gcahng.data.plans.draws import Purpose, permutation, stream
 from gcahng.data.plans.shard_layout import ShardLayout
 
 Shards = NDArray[np.int32]

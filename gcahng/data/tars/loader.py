@@ -15,7 +15,7 @@ from gcahng.data.dataset import Failure
 from gcahng.data.images.decode import MAX_PIXELS, decode_image
 from gcahng.data.images.transform_settings import TransformSettings
 from gcahng.data.images.transforms import eval_transform
-from gcahng.data.rank_share import check_rank
+from gcahng.data.ranks import check_rank
 from gcahng.data.stores import CacheSettings, open_store
 from gcahng.data.tars.deal import Piece, deal_pieces
 from gcahng.data.tars.labels import Label, read_label

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from gcahng.data.draws import Purpose, permutation, stream
 from gcahng.data.plans import class_images
 from gcahng.data.plans.class_images import ClassImages
 from gcahng.data.plans.class_table import ClassTable
 from gcahng.data.plans.deal import Deal
-from gcahng.data.plans.draws import Purpose, permutation, stream
 
 SIZES = [*range(1, 34), 63, 64, 65, 200]
 

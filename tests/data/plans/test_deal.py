@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gcahng.data.draws import Purpose, stream
 from gcahng.data.plans.deal import Deal
-from gcahng.data.plans.draws import Purpose, stream
 
 
 def make_deal(size: int, block: int, seed: int = 0, first: np.ndarray | None = None) -> Deal:

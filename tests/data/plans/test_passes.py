@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gcahng.data.draws import Purpose, permutation, stream
 from gcahng.data.plans import passes as passes_module
 from gcahng.data.plans.batch_plan import BatchPlan
 from gcahng.data.plans.class_table import ClassTable
-from gcahng.data.plans.draws import Purpose, permutation, stream
 from gcahng.data.plans.plan import make_plan
 from gcahng.errors import InputError
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gcahng.data.plans.draws import Purpose, permutation, stream
+from gcahng.data.draws import Purpose, permutation, stream
 from gcahng.data.plans.philox import row_permutations, stream_words
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gcahng.data.plans.draws import Purpose, permutation, stream
+from gcahng.data.draws import Purpose, permutation, stream
 from gcahng.data.plans.rounds import Rounds
 
 

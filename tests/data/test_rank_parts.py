@@ -2,7 +2,7 @@
 
 import pytest
 
-from gcahng.data.plans.ranks import rank_classes, rank_sizes
+from gcahng.data.ranks import rank_classes, rank_sizes
 from gcahng.errors import InputError
 
 

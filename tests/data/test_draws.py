@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from gcahng.data.plans.draws import Purpose, check_seed, choose, integers, permutation, stream
+from gcahng.data.draws import Purpose, check_seed, choose, integers, permutation, stream
 from gcahng.errors import InputError
 
 
