@@ -25,6 +25,7 @@ from gcahng.data.conversion.image_file import EncodeSettings
 from gcahng.data.conversion.partial_folder import stopped_message
 from gcahng.data.sources.registry import KINDS
 from gcahng.errors import InputError
+from shards.output import escape_unprintable
 
 _DEFAULT_QUALITY = 90
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -37,6 +38,7 @@ class _Terminated(BaseException):
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = _parser().parse_args(argv)
+    escape_unprintable()
     # Ends like an exception, so that files are closed and worker processes end.
     before = signal.signal(signal.SIGTERM, _terminate)
     try:

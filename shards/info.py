@@ -12,11 +12,13 @@ from pathlib import Path
 from gcahng.data.shards.info import describe, describe_text
 from gcahng.data.shards.reader import ShardSet
 from gcahng.errors import InputError
+from shards.output import escape_unprintable
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = _parser().parse_args(argv)
+    escape_unprintable()
     try:
         description = describe(ShardSet.open(args.location), args.location)
         if args.json:

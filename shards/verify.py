@@ -19,11 +19,13 @@ from gcahng.data.shards.reader import load_manifest
 from gcahng.data.shards.verify import VerifyReport, open_uncached, verify
 from gcahng.data.stores import ShardStore
 from gcahng.errors import InputError
+from shards.output import escape_unprintable
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = _parser().parse_args(argv)
+    escape_unprintable()
     try:
         store = open_uncached(args.location)
         report = _verify(load_manifest(store), store, args)

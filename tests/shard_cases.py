@@ -13,7 +13,7 @@ from PIL import Image
 
 from gcahng.data.shards.class_list import ClassInfo, encode_classes
 from gcahng.data.shards.index import INDEX_DTYPE, encode_index
-from gcahng.data.shards.manifest import ClassesFile, Manifest, ShardInfo, own_checksum
+from gcahng.data.shards.manifest import ClassesFile, Manifest, ShardInfo, encode_manifest, own_checksum
 from gcahng.data.shards.writer import Sample, ShardWriter
 
 
@@ -66,7 +66,7 @@ def write_indexes(folder: Path, class_ids: Sequence[tuple[str, Sequence[int]]], 
         with (folder / f"{number}.tar").open("wb") as file:
             file.truncate(size)
         digest = hashlib.sha256(content).hexdigest()
-        shards.append(ShardInfo(f"{number}.tar", size, "", len(ids), f"{number}.npy", digest, split))
+        shards.append(ShardInfo(f"{number}.tar", size, "0" * 64, len(ids), f"{number}.npy", digest, split))
         for class_id in ids:
             counts.setdefault(split, {}).setdefault(int(class_id), 0)
             counts[split][int(class_id)] += 1
@@ -95,7 +95,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object], *, s
     change(raw)
     if sign:
         raw["manifest_sha256"] = own_checksum(raw)
-    path.write_text(json.dumps(raw))
+    path.write_bytes(encode_manifest(raw))
 
 
 def flip(path: Path, offset: int, bit: int = 0) -> None:

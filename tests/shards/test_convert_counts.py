@@ -145,5 +145,7 @@ def test_official_split_of_images_is_refused(tmp_path: Path, capsys: pytest.Capt
     put(tmp_path / "b.jpg", 2)
     (tmp_path / "table.csv").write_text("path,class,split\na.jpg,owl,train\nb.jpg,owl,test\n")
     options = ["--source", str(tmp_path / "table.csv"), "--out", str(tmp_path / "out"), "--workers", "1", "--quiet"]
-    assert main(["csv", *options, "--allow-mismatch"]) == 2
+    assert main(["csv", *options]) == 2
     assert "error: Class 'owl' is in train and in test" in capsys.readouterr().err
+    assert main(["csv", *options, "--allow-mismatch"]) == 0
+    assert "NOT class-disjoint: 1 classes" in capsys.readouterr().out

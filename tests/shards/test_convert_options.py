@@ -227,3 +227,22 @@ def test_seed_splits_the_classes_of_a_folder(tmp_path: Path) -> None:
         splits.append(frozenset(info.name for info in ShardSet.open(out).classes if info.split == "test"))
         assert len(splits[-1]) == 2
     assert len(set(splits)) > 1
+
+
+def test_names_that_stdout_cannot_take_are_escaped(photos: Path, tmp_path: Path) -> None:
+    (photos / "test/gull/\u00e9.jpg").write_bytes(b"")
+    (photos / "test" / "gull" / os.fsdecode(b"\xff.jpg")).write_bytes(b"")
+    for arguments in (
+        ["shards.convert", "folder", "--source", photos, "--out", tmp_path / "out", "--on-error", "skip"],
+        ["shards.info", tmp_path / "out"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", *map(str, arguments)],
+            cwd=REPOSITORY,
+            env=os.environ | {"PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "  test/gull/\\xe9.jpg: " in done.stdout and "  test/gull/\\udcff.jpg: " in done.stdout

@@ -5,6 +5,7 @@ byte by byte as that of an undisturbed one (`gcahng.data.conversion.partial_fold
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -19,14 +20,21 @@ from gcahng.data.conversion.image_file import EncodeSettings
 from gcahng.data.conversion.image_loading import load_all
 from gcahng.data.conversion.journal import Journal
 from gcahng.data.conversion.partial_folder import PartialFolder
-from gcahng.data.conversion.protocol import check_protocol, count_items, protocol_line, unseen_test_classes
+from gcahng.data.conversion.protocol import (
+    check_protocol,
+    classes_shared_with_train,
+    count_items,
+    unseen_test_classes,
+)
 from gcahng.data.conversion.resume import take_over
 from gcahng.data.conversion.summary import summary
 from gcahng.data.conversion.writing_order import without_repeated_names, writing_order
-from gcahng.data.shards.manifest import Manifest, ShardInfo
+from gcahng.data.shards.manifest import SHARED_KEY, Manifest, ShardInfo
+from gcahng.data.shards.protocol_text import protocol_line
 from gcahng.data.shards.skipped import skipped_extra
 from gcahng.data.shards.tar_file import Sample
 from gcahng.data.shards.writer import DEFAULT_SHARD_BYTES, DEFAULT_WINDOW_BYTES, ShardWriter
+from gcahng.data.sources.folder import Folder
 from gcahng.data.sources.source import Fault, Listing, Source, SourceItem
 from gcahng.errors import DataError, InputError
 
@@ -80,6 +88,8 @@ def convert(
         if value < 1:
             raise InputError(f"`{name}` must be at least 1, got {value}.")
     options = _Options(seed, workers, shard_bytes, window_bytes, progress, encode, allow_mismatch)
+    if isinstance(source, Folder):
+        _require_outside(source.directory, out)
     folder = PartialFolder(Path(out), overwrite)
     try:
         with folder:
@@ -88,6 +98,15 @@ def convert(
         if advice := folder.advice():
             raise type(error)(f"{error} {advice}") from error
         raise
+
+
+def _require_outside(directory: Path, out: Path | str) -> None:
+    """A source whose folders are classes would find `out` and `OUT.partial` among them."""
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(directory)):
+        raise InputError(
+            f"`out` must not be inside of the source folder, whose folders are classes: got {out} inside of "
+            f"{directory}. Give a folder elsewhere."
+        )
 
 
 @dataclass(frozen=True)
@@ -182,7 +201,9 @@ def _checked_listing(source: Source, options: _Options, faults: _Faults) -> List
     )
     if protocol and not protocol["matches"]:
         log.warning("%s\nGoing on, as --allow-mismatch says.", protocol_line(protocol))
-    return replace(listing, items=items)
+    listing = replace(listing, items=items)
+    shared = classes_shared_with_train(listing, allow_mismatch=options.allow_mismatch)
+    return replace(listing, extra={**listing.extra, SHARED_KEY: shared}) if shared else listing
 
 
 def _write(

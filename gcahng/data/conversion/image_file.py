@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from PIL import Image
 
 from gcahng.data.images.decode import decode_image
-from gcahng.errors import InputError
+from gcahng.errors import DataError, InputError
 
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png"}
 _SMALLEST_SIDE = 16  # pixels; below, nothing is left to recognise
 # Scaling by more than this begins with a box filter, several times faster and as good to the eye (Pillow's advice).
 _REDUCING_GAP = 3.0
 _HALF_CHROMA = "4:2:0"
+_LARGEST_JPEG_SIDE = 65500  # pixels, of the library that encodes
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def as_member(content: bytes, encode: EncodeSettings | None = None) -> tuple[byt
     encoded again as PNG, without loss.
 
     Raises:
-        DataError: The bytes are cut, damaged, of another format, or expand to too many pixels.
+        DataError: The bytes are cut, damaged, of another format, or expand to too many pixels; or a side is too
+            long for a JPEG.
     """
     image = decode_image(content, name="the file")
     if encode and (encode.max_side is None or max(image.size) > encode.max_side):
@@ -68,6 +70,11 @@ def _as_jpeg(image: Image.Image, encode: EncodeSettings) -> bytes:
     if encode.max_side is not None:
         width, height = (max(1, round(side * encode.max_side / longer)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=_REDUCING_GAP)
+    if max(image.size) > _LARGEST_JPEG_SIDE:
+        raise DataError(
+            f"the image is too long for a JPEG: expected sides of at most {_LARGEST_JPEG_SIDE} pixels, got "
+            f"{image.width} x {image.height}. Pass --max-side."
+        )
     image.info = {}  # Pillow would write the comment of the old file into the new one
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=encode.quality, subsampling=_HALF_CHROMA)

@@ -101,7 +101,10 @@ def _load(source: Source, item: SourceItem, encode: EncodeSettings | None) -> Lo
     try:
         return Loaded(*as_member(source.load(item), encode))
     except OSError as error:
-        reason = f"the file cannot be read ({error.strerror or error}). Check its permissions."
-        return Fault(item.source, reason)
+        return Fault(item.source, f"the file cannot be read ({error.strerror or error}). {_repair(error)}")
     except DataError as error:
         return Fault(item.source, str(error))
+
+
+def _repair(error: OSError) -> str:
+    return "Check its permissions." if isinstance(error, PermissionError) else "Restore the file."

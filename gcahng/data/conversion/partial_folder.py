@@ -19,7 +19,7 @@ from gcahng.data.conversion.fingerprint import differences
 from gcahng.data.conversion.journal import DIGESTS_NAME, JOURNAL_NAME, NEW_JOURNAL_NAME, Journal
 from gcahng.data.shards.disk import disk_errors, sync
 from gcahng.data.shards.manifest import MANIFEST_NAME
-from gcahng.errors import DataError
+from gcahng.errors import DataError, InputError
 
 _SHARDS, _REPLACED, _LOCK = "shards", "replaced", "lock"
 # In the order of removal: the journal tells the most, so it goes last.
@@ -34,8 +34,11 @@ class PartialFolder:
     If it ends with an exception, the folder is kept where a finished tar is in it, and removed otherwise.
 
     Args:
-        out: Final place.
+        out: Final place. Where it is a link, the place that this leads to, which may be on another disk.
         overwrite: Replace a shard folder that exists there.
+
+    Raises:
+        InputError: `out` does not end in a name.
 
     Attributes:
         path: The working folder.
@@ -46,9 +49,9 @@ class PartialFolder:
     """
 
     def __init__(self, out: Path, overwrite: bool = False) -> None:
-        self.out = Path(out)
+        self.out = _final_place(out)
         self.overwrite = overwrite
-        self.path = self.out.with_name(self.out.name + ".partial")
+        self.path = _beside(self.out)
         self.shards = self.path / _SHARDS
         self.journal: Journal
         self.published = False
@@ -61,7 +64,7 @@ class PartialFolder:
         Raises:
             DataError: Something is in the way, or another process is at work here.
         """
-        if not self.path.exists():
+        if not os.path.exists(self.path):
             self._check_out()
         self._check_own()
         self._lock()
@@ -164,7 +167,13 @@ class PartialFolder:
             sync(self.out.parent)
 
     def _check_out(self) -> None:
-        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
+        if os.path.ismount(self.out):
+            raise DataError(
+                f"{self.out} is where a disk is mounted, which cannot be replaced. Give a folder inside of it."
+            )
+        if os.path.islink(self.out):
+            raise DataError(f"{self.out} is a link that leads back to itself. Delete it, or give another --out.")
+        if not os.path.exists(self.out) or (self.out.is_dir() and not any(self.out.iterdir())):
             return
         if not self.overwrite:
             raise DataError(f"{self.out} exists already. Give another --out, or pass --overwrite to replace it.")
@@ -234,6 +243,18 @@ class PartialFolder:
             log.warning("%s cannot be removed (%s): delete it.", self.path, error.strerror)
 
 
+def _final_place(out: Path | str) -> Path:
+    path = Path(out)
+    if path.name in ("", ".."):
+        raise InputError(f"`out` must end in the name of the folder to create, got {str(out)!r}.")
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path
+
+
+def _beside(out: Path) -> Path:
+    """The working folder of a conversion to `out`."""
+    return out.with_name(out.name + ".partial")
+
+
 def _delete(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -243,7 +264,7 @@ def _delete(path: Path) -> None:
 
 def stopped_message(out: Path | str) -> str:
     """What to tell a user who stopped a conversion to `out`."""
-    path = Path(out).with_name(Path(out).name + ".partial")
+    path = _beside(_final_place(out))
     tars = Journal(path).tars
     if not tars:
         return "stopped: nothing was written"

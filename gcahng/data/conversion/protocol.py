@@ -1,13 +1,11 @@
 """Compares what was found with what the authors of a data set published."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gcahng.data.sources.source import TRAIN, Published, SourceItem
+from gcahng.data.shards.protocol_text import Counts, counts_table
+from gcahng.data.sources.source import TRAIN, Listing, Published, SourceItem
 from gcahng.errors import DataError
-
-Counts = dict[str, dict[str, int]]
-"""Split -> {"classes": count, "images": count}."""
 
 
 def count_items(items: Sequence[SourceItem]) -> Counts:
@@ -30,6 +28,33 @@ def unseen_test_classes(class_splits: Iterable[tuple[str, str]]) -> list[str]:
     for name, split in class_splits:
         (train if split == TRAIN else others).add(name)
     return sorted(others - train)
+
+
+def classes_shared_with_train(listing: Listing, *, allow_mismatch: bool) -> int:
+    """How many classes are in train and in another split, where the protocol tests on unseen classes; else 0.
+
+    Args:
+        listing: What is to be converted.
+        allow_mismatch: Go on where there are some.
+    Raises:
+        DataError: There are some.
+    """
+    if listing.published and listing.published.test_in_train:
+        return 0
+    train = {item.class_name for item in listing.items if item.split == TRAIN}
+    shared: dict[str, str] = {}
+    for item in listing.items:
+        if item.split != TRAIN and item.class_name in train:
+            shared.setdefault(item.class_name, item.split)
+    if shared and not allow_mismatch:
+        first = min(shared)
+        more = f" (and {len(shared) - 1} more)" if len(shared) > 1 else ""
+        raise DataError(
+            f"Class {first!r}{more} is in {TRAIN} and in {shared[first]}: expected training classes that no other "
+            "split has, because retrieval is evaluated on unseen classes. Remove or rename one of them, give one folder of "
+            "classes and let the seed split it, or pass --allow-mismatch to go on all the same."
+        )
+    return len(shared)
 
 
 def check_protocol(
@@ -68,45 +93,11 @@ def check_protocol(
     return result
 
 
-def protocol_line(protocol: Mapping[str, Any]) -> str:
-    """The result of the check for people: one line, or a table where something differs.
-
-    Args:
-        protocol: `Manifest.extra["protocol"]`.
-    """
-    published, found = protocol["published"], protocol["found"]
-    counts = ", ".join(
-        f"{split} {count['classes']} classes / {count['images']} images" for split, count in found.items()
-    )
-    line = f"protocol: {protocol['name']}, {counts}: "
-    if protocol["matches"]:
-        line += "as published" if published else "no counts are published"
-    else:
-        line += "\n".join(["NOT as published", *(_table(published, found) if published else ())])
-    if protocol.get("test_in_train"):
-        lacking = protocol["test_classes_not_in_train"]
-        told = f"{lacking} test classes are not in train" if lacking else "all test classes are in train"
-        line += f"\nprotocol: tests on classes of train: {told}; no image is in two splits by name"
-    return line
-
-
 def _describe(published: Published, wanted: Counts, found: Counts, lacking: Sequence[str], stage: str) -> str:
     lines = [f"{published.name} {stage} differs from what its authors published:"]
     if wanted:
-        lines += _table(wanted, found)
+        lines += counts_table(wanted, found)
     if lacking:
         names = ", ".join(repr(name) for name in lacking[:5]) + (", ..." if len(lacking) > 5 else "")
         lines.append(f"  test classes that train lacks: expected none, got {len(lacking)} ({names})")
     return "\n".join(lines)
-
-
-def _table(wanted: Counts, found: Counts) -> list[str]:
-    rows = [("split", "of", "published", "found", "difference")]
-    for split in {**wanted, **found}:
-        for kind in ("classes", "images"):
-            expected, got = (counts.get(split, {}).get(kind, 0) for counts in (wanted, found))
-            rows.append((split, kind, str(expected), str(got), f"{got - expected:+d}" if got != expected else "none"))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]

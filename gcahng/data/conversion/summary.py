@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from gcahng.data.conversion.protocol import protocol_line
-from gcahng.data.shards.manifest import Manifest
+from gcahng.data.shards.manifest import SHARED_KEY, Manifest
+from gcahng.data.shards.protocol_text import protocol_line
 from gcahng.data.shards.skipped import num_skipped, skipped_place
 
 _SHOWN = 10
@@ -18,6 +18,8 @@ def summary(manifest: Manifest, out: Path | str) -> str:
     extra = manifest.extra
     if extra.get("protocol"):
         lines.append(protocol_line(extra["protocol"]))
+    if extra.get(SHARED_KEY):
+        lines.append(f"NOT class-disjoint: {extra[SHARED_KEY]} classes are in train and in another split")
     if extra.get("listed"):
         listed = (f"{split} {c['classes']} classes / {c['images']} images" for split, c in extra["listed"].items())
         lines.append(f"listed: {', '.join(listed)}")
@@ -29,7 +31,7 @@ def summary(manifest: Manifest, out: Path | str) -> str:
     if dropped:
         lines.append("dropped: " + ", ".join(f"{len(v)} {k}" for k, v in dropped.items()))
     if extra.get("ignored_files"):
-        lines.append(f"ignored: {extra['ignored_files']} files that are not images")
+        lines.append(f"ignored: {extra['ignored_files']} files with other extensions")
     if extra.get("encode"):
         lines.append(_encode_line(extra["encode"]))
     if extra.get("duplicates"):

@@ -5,23 +5,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from gcahng.data.sources.source import TRAIN, Fault, Listing, SourceItem, seeded_order
-from gcahng.errors import DataError
 
 
 def writing_order(listing: Listing, seed: int) -> list[SourceItem]:
-    """Split by split (train first), class by class in seeded order; a class keeps its order.
-
-    Raises:
-        DataError: A class is in train and in another split, though the protocol tests on unseen classes.
-    """
+    """Split by split (train first), class by class in seeded order; a class keeps its order."""
     groups: dict[tuple[str, str], list[SourceItem]] = {}
     for item in listing.items:
         groups.setdefault((item.split, item.class_name), []).append(item)
     splits: dict[str, list[str]] = {TRAIN: []}
     for split, class_name in groups:
         splits.setdefault(split, []).append(class_name)
-    if not (listing.published and listing.published.test_in_train):
-        _require_disjoint_classes(splits)
     return [
         item
         for split, names in splits.items()
@@ -52,16 +45,3 @@ def without_repeated_names(items: Sequence[SourceItem]) -> tuple[Sequence[Source
 def _listed_twice(item: SourceItem, earlier: SourceItem) -> Fault:
     places = " and in ".join(f"class {i.class_name!r} of {i.split}" for i in (earlier, item))
     return Fault(item.source, f"the image is listed twice, in {places}: only the first counts. Remove one of them.")
-
-
-def _require_disjoint_classes(splits: dict[str, list[str]]) -> None:
-    training = set(splits[TRAIN])
-    for split, names in splits.items():
-        shared = training.intersection(names) if split != TRAIN else ()
-        if shared:
-            more = f" (and {len(shared) - 1} more)" if len(shared) > 1 else ""
-            raise DataError(
-                f"Class {min(shared)!r}{more} is in {TRAIN} and in {split}: expected training "
-                "classes that no other split has, because retrieval is evaluated on unseen classes. Remove or rename "
-                "one of them, or give one folder of classes and let the seed split it."
-            )

@@ -103,7 +103,7 @@ def map_index(path: Path, shard: ShardInfo) -> NDArray[np.void]:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise _unreadable(path, error) from None
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # numpy evaluates the header, and raises what its parts please
         raise DataError(f"Index {path} is not a .npy table ({error}). {_REPAIR}") from None
     if not isinstance(table, np.memmap):  # numpy opens zip archives too
         raise DataError(f"Index {path} is not a .npy table (got {type(table).__name__}). {_REPAIR}")

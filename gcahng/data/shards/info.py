@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gcahng.data.conversion.protocol import protocol_line
+from gcahng.data.shards.protocol_text import protocol_line
 from gcahng.data.shards.reader import ShardSet
 from gcahng.data.shards.skipped import num_skipped, skipped_place
 

@@ -6,17 +6,21 @@ believed that the manifest does not confirm: sizes and counts at every start, ch
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gcahng.data.stores.store import is_sha256
 from gcahng.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 2
 CHECKSUM_KEY = "manifest_sha256"
+SHARED_KEY = "classes_shared_with_train"
+"""In `Manifest.extra`: how many there are, where a conversion went on in spite of them."""
 _CONVERT_AGAIN = "Convert the data set again with `python -m shards.convert`."
 
 Record = TypeVar("Record", "ShardInfo", "ClassesFile")
@@ -98,10 +102,9 @@ class Manifest:
 
     def save(self, directory: Path) -> None:
         """Write `directory/manifest.json`, with its own checksum."""
-        content = asdict(self)
+        content = json.loads(json.dumps(asdict(self)))  # as it will be read: all keys are texts
         content[CHECKSUM_KEY] = own_checksum(content)
-        text = json.dumps(content, indent=1)
-        (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+        (directory / MANIFEST_NAME).write_bytes(encode_manifest(content))
 
     @staticmethod
     def load(path: Path | str, where: str | None = None) -> "Manifest":
@@ -131,7 +134,7 @@ def read_manifest_json(path: Path | str, where: str | None = None) -> tuple[dict
         DataError: The file is missing or is not a JSON object.
     """
     path = Path(path)
-    file = path if path.is_file() else path / MANIFEST_NAME
+    file = path if os.path.isfile(path) else path / MANIFEST_NAME
     shown = where or str(file)
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -141,11 +144,18 @@ def read_manifest_json(path: Path | str, where: str | None = None) -> tuple[dict
             f"{'a folder without a manifest' if path.is_dir() else 'no such folder'}. "
             f"Either the path is wrong or a conversion did not finish. {_CONVERT_AGAIN}"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise DataError(f"{shown} cannot be read ({error.strerror}). Check the path and its permissions.") from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{shown} is not readable JSON ({error}). {_CONVERT_AGAIN}") from None
     if not isinstance(raw, dict):
         raise DataError(f"{shown}: expected version {MANIFEST_VERSION}, got None. {_CONVERT_AGAIN}")
     return raw, shown
+
+
+def encode_manifest(raw: Mapping[str, Any]) -> bytes:
+    """The bytes of the file, from its JSON object."""
+    return json.dumps(raw, indent=1).encode() + b"\n"
 
 
 def own_checksum(raw: Mapping[str, Any]) -> str:
@@ -205,6 +215,13 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
     names += [manifest.classes.name, MANIFEST_NAME]
     # A manifest may come from elsewhere: a name with a path in it would read outside the folder.
     require("file names with a path", [], [n for n in names if not _is_plain(n)])
+    # A cache names its copies by their checksums.
+    checksums = [text for shard in manifest.shards for text in (shard.sha256, shard.index_sha256)]
+    require(
+        "checksums other than 64 hexadecimal digits",
+        [],
+        [text[:100] for text in (*checksums, manifest.classes.sha256) if not is_sha256(text)],
+    )
     require("repeated file names", [], sorted(n for n, count in Counter(names).items() if count > 1))
     require("shards without samples", [], [shard.name for shard in manifest.shards if shard.num_samples < 1])
     require("shards without bytes", [], [shard.name for shard in manifest.shards if shard.bytes < 1])

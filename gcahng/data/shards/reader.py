@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -262,7 +263,9 @@ def load_manifest(store: ShardStore) -> Manifest:
         DataError: It is missing, unreadable, of another version, or contradicts itself.
     """
     path = store.local_copy(MANIFEST_NAME)
-    if str(path.parent) == store.location or not path.exists():
+    if os.path.isfile(path.parent):
+        raise DataError(f"{path.parent} is a file: expected a folder of shards. Give the folder that it is in.")
+    if str(path.parent) == store.location or not os.path.exists(path):
         return Manifest.load(path.parent)
     return Manifest.load(path, where=f"{store.location.rstrip('/')}/{MANIFEST_NAME}")
 

@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 
 from gcahng.data.shards.class_list import ClassList, load_classes
 from gcahng.data.shards.index import key_text
-from gcahng.data.shards.manifest import CHECKSUM_KEY, MANIFEST_NAME, Manifest, own_checksum, read_manifest_json
+from gcahng.data.shards.manifest import (
+    CHECKSUM_KEY,
+    MANIFEST_NAME,
+    SHARED_KEY,
+    Manifest,
+    encode_manifest,
+    own_checksum,
+    read_manifest_json,
+)
 from gcahng.data.shards.reader import load_manifest
 from gcahng.data.shards.skipped import SKIPPED_NAME
 from gcahng.data.shards.tar_parts import check_file
@@ -201,7 +209,7 @@ class _Census:
             if found != expected:
                 texts.append(f"split {split!r}: expected {_counts(expected)}, got {_counts(found)}.")
         protocol = self._manifest.extra.get("protocol")
-        if isinstance(protocol, dict) and protocol.get("test_in_train"):
+        if self._manifest.extra.get(SHARED_KEY) or isinstance(protocol, dict) and protocol.get("test_in_train"):
             return texts
         train = self._samples.get(_TRAIN)
         for split, samples in self._samples.items():
@@ -237,11 +245,14 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def _manifest_faults(store: ShardStore) -> list[str]:
-    raw, _ = read_manifest_json(store.local_copy(MANIFEST_NAME))
+    path = store.local_copy(MANIFEST_NAME)
+    raw, _ = read_manifest_json(path)
     expected, got = raw.get(CHECKSUM_KEY), own_checksum(raw)
-    if got == expected:
-        return []
-    return [f"was changed after the conversion: expected {CHECKSUM_KEY} {expected}, got {got}."]
+    if got != expected:
+        return [f"was changed after the conversion: expected {CHECKSUM_KEY} {expected}, got {got}."]
+    if path.read_bytes() != encode_manifest(raw):
+        return ["was changed after the conversion: it says the same in other bytes (blanks, line ends)."]
+    return []
 
 
 def _classes(manifest: Manifest, store: ShardStore, faults: _Findings) -> ClassList | None:

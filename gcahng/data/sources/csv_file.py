@@ -132,7 +132,8 @@ class CsvFile:
         try:
             with self.path.open(encoding="utf-8-sig", newline="") as file:
                 reader = csv.reader(file, delimiter=self.delimiter, strict=True)
-                yield from ((reader.line_num, row) for row in reader if row)
+                # Spreadsheets end their tables with lines of commas.
+                yield from ((reader.line_num, row) for row in reader if any(map(str.strip, row)))
         except OSError as error:
             raise DataError(f"{self.path} cannot be read ({error.strerror}). Give a csv file as --source.") from None
         except UnicodeDecodeError as error:
@@ -168,8 +169,9 @@ class CsvFile:
         """The path below `images`, or None where it leads out. Links are not followed: data sets often are links."""
         if "\0" in text:
             return None
-        path = Path(os.path.normpath(self.images / text))
-        return path.relative_to(self.images).as_posix() if path.is_relative_to(self.images) else None
+        path = os.path.normpath(os.path.join(self.images, text))  # strings: ten times faster than paths
+        folder = os.path.join(self.images, "")
+        return path.removeprefix(folder) if path.startswith(folder) else None
 
 
 def _marked_split(split: str, query: str, gallery: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from gcahng.data.sources.source import (
     GALLERY,
@@ -19,13 +20,22 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 SPLITS = (TRAIN, TEST, QUERY, GALLERY)
 
 
+class _Entries(NamedTuple):
+    """What a folder holds: names of folders and of images, and how many other files."""
+
+    folders: list[str]
+    images: list[str]
+    others: int
+
+
 class Folder:
     """Images as `DIR/<split>/<class>/*` or `DIR/<class>/*`.
 
     With train/ and test/ inside of `directory` these are the splits; query/ and gallery/, which
     may share classes, can take the place of test/ or stand beside it. Otherwise the folders are
     classes, and the seed puts a share of the classes into test. Files with other extensions are
-    ignored and counted.
+    ignored and counted. Faults are class folders without images, folders inside of a class folder and images
+    outside of one; folders whose name begins with a dot are passed over.
 
     Args:
         directory: The folder.
@@ -44,16 +54,10 @@ class Folder:
         """All images with their class and split.
 
         Raises:
-            DataError: The folder is missing or has no class folders, or only some of the splits
-                that go together.
+            DataError: A folder is missing, cannot be read or has no class folders, or there are only some of the
+                splits that go together.
         """
-        try:
-            top = _subfolders(self.directory)
-        except OSError as error:
-            raise DataError(
-                f"Source folder {self.directory} cannot be read ({error.strerror}). Give the "
-                "folder of the classes as --source."
-            ) from None
+        top = self._entries(".").folders
         if {TRAIN, TEST} & set(top) or {QUERY, GALLERY} <= set(top):
             return self._given_splits(top)
         if not top:
@@ -62,7 +66,7 @@ class Folder:
                 "test/ with one folder per class in each, got no folders."
             )
         splits = class_disjoint_split(top, self.seed, self.test_share)
-        return self._collect([(name, splits[name], name) for name in top])
+        return self._collect([(name, splits[name], name) for name in top], ["."])
 
     def load(self, item: SourceItem) -> bytes:
         """The bytes of the file."""
@@ -78,32 +82,44 @@ class Folder:
                 f"{', '.join(name + '/' for name in top)}. Move the others away, or give a folder "
                 "of class folders."
             )
-        return self._collect(
-            [
-                (name, split, f"{split}/{name}")
-                for split in SPLITS
-                if split in found
-                for name in _subfolders(self.directory / split)
-            ]
-        )
+        given = [split for split in SPLITS if split in found]
+        classes = [(name, split, f"{split}/{name}") for split in given for name in self._entries(split).folders]
+        return self._collect(classes, [".", *given])
 
-    def _collect(self, classes: list[tuple[str, str, str]]) -> Listing:
+    def _collect(self, classes: list[tuple[str, str, str]], above: list[str]) -> Listing:
+        """List the images of the classes (name, split, folder); `above` are the folders that hold these."""
         items, faults, ignored = [], [], 0
-        for name, split, path in classes:
-            found = 0
-            for entry in sorted(os.listdir(self.directory / path)):
-                if entry.lower().endswith(EXTENSIONS):
-                    items.append(SourceItem(name, split, f"{path}/{entry}"))
-                    found += 1
-                else:
-                    ignored += 1
-            if not found:
-                wanted = ", ".join(EXTENSIONS)
-                reason = f"the class folder has no {wanted} files. Fill or remove it."
+        for folder in above:
+            for name in self._entries(folder).images:
+                faults.append(Fault(_join(folder, name), "the image is in no class folder. Move it into one."))
+        for class_name, split, path in classes:
+            entries = self._entries(path)
+            items += [SourceItem(class_name, split, f"{path}/{name}") for name in entries.images]
+            ignored += entries.others
+            if not entries.images:
+                reason = f"the class folder has no {', '.join(EXTENSIONS)} files. Fill or remove it."
                 faults.append(Fault(path, reason))
+            elif entries.folders:
+                reason = "a class folder cannot hold folders. Move its images up, or the folder away."
+                faults += [Fault(f"{path}/{name}", reason) for name in entries.folders]
         return Listing(items, faults, {"ignored_files": ignored})
 
+    def _entries(self, path: str) -> _Entries:
+        """What a folder below `directory` holds."""
+        folder = self.directory / path
+        try:
+            with os.scandir(folder) as entries:
+                found = sorted((e.name, e.is_dir()) for e in entries)
+        except OSError as error:
+            raise DataError(
+                f"Source folder {folder} cannot be read ({error.strerror}). Give the folder of the classes as "
+                "--source, and check permissions."
+            ) from None
+        folders = [name for name, is_folder in found if is_folder and not name.startswith(".")]
+        files = [name for name, is_folder in found if not is_folder]
+        images = [name for name in files if name.lower().endswith(EXTENSIONS)]
+        return _Entries(folders, images, len(files) - len(images))
 
-def _subfolders(directory: Path) -> list[str]:
-    with os.scandir(directory) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+def _join(folder: str, name: str) -> str:
+    return name if folder == "." else f"{folder}/{name}"

@@ -1,5 +1,6 @@
 """Source `inshop`: In-Shop Clothes Retrieval, with its query and gallery images."""
 
+import os
 from pathlib import Path
 
 from gcahng.data.sources.layout import Layout, RowFaults, find_root, leads_out, read_lines, read_table, relative_path
@@ -42,7 +43,7 @@ class InShop:
         self.list_folder = find_root(self.root, ("Eval",), _LIST)
         # Inside of the folder that is meant, since img/ may itself hold the unpacked img/.
         found = [self.root / base / image_folder for base in _IMAGE_ROOTS]
-        holding = [folder for folder in found if any((folder / part).is_dir() for part in ("MEN", "WOMEN"))]
+        holding = [folder for folder in found if any(os.path.isdir(folder / part) for part in ("MEN", "WOMEN"))]
         self.images = holding[0] if holding else self.root / image_folder
 
     def listing(self) -> Listing:
@@ -52,7 +53,7 @@ class InShop:
             DataError: Files are missing or damaged.
         """
         LAYOUT.require(self.list_folder, _LIST)
-        if not any((self.images / part).is_dir() for part in ("MEN", "WOMEN")):
+        if not any(os.path.isdir(self.images / part) for part in ("MEN", "WOMEN")):
             LAYOUT.require(self.root, f"{self.image_folder}/MEN", f"{self.image_folder}/WOMEN")
         path = self.list_folder / _LIST
         rows = list(read_table(path, _COLUMNS, header_line=2))

@@ -1,5 +1,6 @@
 """A data set's files as its authors distribute them: where they are, and reading their tables."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -35,7 +36,7 @@ class Layout:
         Raises:
             DataError: One is missing.
         """
-        missing = [name for name in names if not (root / name).exists()]
+        missing = [name for name in names if not os.path.exists(root / name)]
         if missing:
             raise DataError(
                 f"Source folder {root} is not {self.name} as distributed: expected {', '.join(names)}, "
@@ -45,10 +46,17 @@ class Layout:
 
 
 def find_root(directory: Path | str, subfolders: Sequence[str], marker: str) -> Path:
-    """The first of `directory` and these of its folders that holds the file `marker`, or else `directory`."""
+    """The first of `directory` and these of its folders that holds the file `marker`.
+
+    Where none does, the first of the subfolders that exists: what it lacks is what a message has to say. Or else
+    `directory`.
+    """
     directory = Path(directory)
-    folders = [directory, *(directory / name for name in subfolders)]
-    return next((folder for folder in folders if (folder / marker).exists()), directory)
+    below = [directory / name for name in subfolders]
+    for folder in (directory, *below):
+        if os.path.exists(folder / marker):
+            return folder
+    return next((folder for folder in below if os.path.isdir(folder)), directory)
 
 
 class RowFaults:
@@ -92,7 +100,9 @@ def read_lines(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}). Check its permissions.") from None
+        raise DataError(
+            f"{path} cannot be read ({error.strerror or error}). Check the file and its permissions."
+        ) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Unpack it again.") from None
     return text.rstrip().split("\n")
@@ -151,8 +161,10 @@ def _entries(folder: Path) -> str:
         names = sorted(path.name + "/" * path.is_dir() for path in islice(folder.iterdir(), 1000))
     except NotADirectoryError:
         return "a file instead of a folder"
-    except OSError:
+    except FileNotFoundError:
         return "no such folder"
+    except OSError as error:
+        return f"a folder that cannot be read ({error.strerror})"
     if not names:
         return "an empty folder"
     return ", ".join(names[:_SHOWN_ENTRIES]) + (", ..." if len(names) > _SHOWN_ENTRIES else "")

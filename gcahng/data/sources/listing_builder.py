@@ -19,6 +19,7 @@ class FolderFiles:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._names: dict[str, frozenset[str]] = {}
+        self._unreadable: dict[str, str] = {}  # subfolder -> why, other than that it is missing
 
     def __contains__(self, path: str) -> bool:
         folder, _, name = path.rpartition("/")
@@ -29,9 +30,17 @@ class FolderFiles:
         if folder not in self._names:
             try:
                 self._names[folder] = frozenset(os.listdir(self.root / folder))
-            except OSError:
+            except OSError as error:
                 self._names[folder] = frozenset()
+                if not isinstance(error, FileNotFoundError):
+                    self._unreadable[folder] = error.strerror or str(error)
         return self._names[folder]
+
+    def why_missing(self, path: str) -> str | None:
+        """What is wrong with the folder of a path that is not in here, as a sentence; None if nothing is."""
+        folder = path.rpartition("/")[0]
+        reason = self._unreadable.get(folder)
+        return reason and f"the folder {self.root / folder} cannot be read ({reason}). Check its permissions."
 
 
 class ListingBuilder:
@@ -70,8 +79,10 @@ class ListingBuilder:
             class_columns: What is known of its class, as far as this image tells. Where the images of a class
                 differ in it, each keeps its own.
         """
-        if (source if path is None else path) not in self.files:
-            self.faults.append(Fault(source, f"there is no such file. {self.missing}"))
+        place = source if path is None else path
+        if place not in self.files:
+            reason = self.files.why_missing(place) or f"there is no such file. {self.missing}"
+            self.faults.append(Fault(source, reason))
             return
         self.items.append(SourceItem(class_name, split, source, columns or {}))
         self._class_columns.append(class_columns or {})

@@ -23,7 +23,7 @@ QUERY = "query"
 GALLERY = "gallery"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceItem:
     """One image of a source.
 

@@ -109,3 +109,11 @@ def test_damaged_images_are_found_before_they_are_scaled() -> None:
 def test_settings_out_of_range(max_side: int | None, quality: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         EncodeSettings(max_side, quality)
+
+
+def test_image_that_is_too_long_for_a_jpeg() -> None:
+    content = as_bytes(Image.new("RGB", (1, 65501)), "PNG")
+    with pytest.raises(DataError, match=r"at most 65500 pixels, got 1 x 65501\. Pass --max-side\."):
+        as_member(content, EncodeSettings(max_side=None, quality=90))
+    image = Image.open(io.BytesIO(as_member(content, EncodeSettings(max_side=320, quality=90))[0]))
+    assert image.size == (1, 320)

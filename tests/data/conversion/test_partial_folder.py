@@ -1,5 +1,6 @@
 """The working folder of a conversion: what it takes over, what it leaves, what it does not touch."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from conversion_cases import Pictures, contents, pictures
 
 from gcahng.data.conversion.convert import convert
 from gcahng.data.conversion.partial_folder import PartialFolder
-from gcahng.errors import DataError
+from gcahng.errors import DataError, InputError
 
 
 def birds() -> Pictures:
@@ -31,11 +32,37 @@ def test_existing_folder_is_kept_unless_overwritten(out: Path) -> None:
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_linked_folder_is_replaced_by_a_folder(out: Path, tmp_path: Path) -> None:
+def test_link_leads_to_the_place_that_is_written(out: Path, tmp_path: Path) -> None:
+    before = contents(out)
     (tmp_path / "link").symlink_to(out)
     convert(birds(), tmp_path / "link", seed=1, overwrite=True)
-    assert not (tmp_path / "link").is_symlink()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
+    assert contents(out) != before
+    assert (tmp_path / "link").readlink() == out
+    (tmp_path / "other").symlink_to("elsewhere/birds")
+    convert(birds(), tmp_path / "other", seed=1)
+    assert contents(tmp_path / "elsewhere" / "birds") == contents(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link", "other", "out"]
+
+
+def test_link_to_itself_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("link")
+    source = birds()
+    with pytest.raises(DataError, match=r"link is a link that leads back to itself\. Delete it"):
+        convert(source, tmp_path / "link")
+    assert not source.loaded
+
+
+@pytest.mark.parametrize("out", [".", "/", "..", "a/.."])
+def test_out_must_end_in_a_name(out: str) -> None:
+    with pytest.raises(InputError, match=f"`out` must end in the name of the folder to create, got '{re.escape(out)}'"):
+        convert(birds(), out)
+
+
+def test_mounted_disk_is_refused_at_once() -> None:
+    source = birds()
+    with pytest.raises(DataError, match=r"/dev is where a disk is mounted, .* Give a folder inside of it\."):
+        convert(source, "/dev", overwrite=True)
+    assert not source.loaded
 
 
 def test_overwrite_spares_folders_that_are_no_shards(tmp_path: Path) -> None:
@@ -102,3 +129,8 @@ def test_replaced_folder_comes_back_if_its_replacement_was_killed(out: Path, tmp
         convert(birds(), out)
     assert contents(out) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_place_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"\.partial \(File name too long\)\. Give another --out"):
+        convert(birds(), tmp_path / ("x" * 300))

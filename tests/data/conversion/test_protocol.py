@@ -10,6 +10,7 @@ from conversion_cases import Pictures, pictures
 from gcahng.data.conversion.convert import convert, summary
 from gcahng.data.shards.manifest import Manifest
 from gcahng.data.shards.reader import ShardSet
+from gcahng.data.shards.verify import verify
 from gcahng.data.sources.source import Published
 from gcahng.errors import DataError
 
@@ -130,7 +131,7 @@ def test_test_class_that_train_lacks(tmp_path: Path) -> None:
 
 def test_protocol_without_counts(tmp_path: Path) -> None:
     manifest = convert(hotels(Published("Hotels", {}, test_in_train=True), ["ritz"]), tmp_path / "out")
-    assert "test 1 classes / 2 images: no counts are published" in summary(manifest, tmp_path / "out")
+    assert "test 1 classes / 2 images: no counts are checked" in summary(manifest, tmp_path / "out")
 
 
 def test_shared_classes_are_refused_without_such_a_protocol(tmp_path: Path) -> None:
@@ -138,4 +139,9 @@ def test_shared_classes_are_refused_without_such_a_protocol(tmp_path: Path) -> N
         source = hotels(Published("x", {}), ["savoy", "ritz"])
         source.parts["published"] = published
         with pytest.raises(DataError, match=r"Class 'ritz' \(and 1 more\) is in train and in test: expected"):
-            convert(source, tmp_path / "out", allow_mismatch=True)
+            convert(source, tmp_path / "out")
+        manifest = convert(source, tmp_path / f"out-{published is None}", allow_mismatch=True)
+        assert manifest.extra["classes_shared_with_train"] == 2
+        text = summary(manifest, tmp_path / "out")
+        assert "NOT class-disjoint: 2 classes are in train and in another split" in text.splitlines()
+        assert verify(tmp_path / f"out-{published is None}").is_whole

@@ -6,7 +6,6 @@ import pytest
 
 from gcahng.data.conversion.writing_order import without_repeated_names, writing_order
 from gcahng.data.sources.source import Listing, SourceItem, seeded_order
-from gcahng.errors import DataError
 
 
 def listed(seed: int, num_names: int) -> list[SourceItem]:
@@ -50,9 +49,3 @@ def test_the_same_item_object_twice_is_listed_twice() -> None:
     kept, faults = without_repeated_names([item, item])
     assert list(kept) == [item]
     assert [fault.source for fault in faults] == ["1"]
-
-
-def test_classes_of_train_that_another_split_has_are_counted() -> None:
-    items = [SourceItem(f"c{i}", split, f"{split} {i}") for split in ("train", "test") for i in range(3)]
-    with pytest.raises(DataError, match=r"Class 'c0' \(and 2 more\) is in train and in test: expected"):
-        writing_order(Listing(items), 0)

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from gcahng.data.shards.manifest import ClassesFile, Manifest, ShardInfo, own_checksum, read_manifest_json
+from gcahng.data.shards.reader import ShardSet
 from gcahng.errors import DataError
 
 
 def shard(number: int, split: str, num_samples: int) -> ShardInfo:
-    return ShardInfo(f"{number}.tar", 10240, "aa", num_samples, f"{number}.npy", "bb", split)
+    return ShardInfo(f"{number}.tar", 10240, "a" * 64, num_samples, f"{number}.npy", "b" * 64, split)
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def manifest() -> Manifest:
         seed=3,
         window_bytes=1 << 20,
         shards=(shard(0, "train", 5), shard(1, "test", 2)),
-        classes=ClassesFile("classes.jsonl", 3, "dd"),
+        classes=ClassesFile("classes.jsonl", 3, "d" * 64),
         splits={"train": {"classes": 2, "images": 5}, "test": {"classes": 1, "images": 2}},
         extra={"skipped": []},
     )
@@ -46,7 +47,7 @@ def test_digest_follows_the_bytes_only(manifest: Manifest, tmp_path: Path) -> No
     damage(tmp_path, extra={"note": "other"})
     assert Manifest.load(tmp_path).digest() == manifest.digest()
     raw = json.loads((tmp_path / "manifest.json").read_text())
-    raw["shards"][1]["sha256"] = "cc"
+    raw["shards"][1]["sha256"] = "c" * 64
     damage(tmp_path, shards=raw["shards"])
     assert Manifest.load(tmp_path).digest() != manifest.digest()
 
@@ -58,6 +59,11 @@ def test_missing_manifest_names_file_and_repair(tmp_path: Path, make: bool, got:
         directory.mkdir()
     with pytest.raises(DataError, match=rf"shards/manifest\.json is missing: .* got {got}.*did not finish.*again"):
         Manifest.load(directory)
+
+
+def test_place_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"manifest\.json cannot be read \(File name too long\)\. Check"):
+        ShardSet.open(tmp_path / ("x" * 300))
 
 
 def test_not_json(tmp_path: Path) -> None:
@@ -100,6 +106,9 @@ def test_malformed_entries(manifest: Manifest, tmp_path: Path, changes: dict[str
         (("shards", 0, "index_name"), "..", r"with a path: expected \[\], got \['\.\.'\]"),
         (("shards", 0, "name"), "a?b.tar", r"with a path: expected \[\], got \['a\?b\.tar'\]"),
         (("classes", "name"), "/etc/classes", r"with a path: expected \[\], got \['/etc/classes'\]"),
+        (("shards", 0, "sha256"), "../../home/me/thesis", r"hexadecimal digits: expected \[\], got \['\.\./\.\./home"),
+        (("shards", 1, "index_sha256"), "", r"hexadecimal digits: expected \[\], got \[''\]"),
+        (("classes", "sha256"), "D" * 64, r"hexadecimal digits: expected \[\], got \['DDDD"),
         (("shards", 1, "name"), "0.tar", r"repeated file names: expected \[\], got \['0\.tar'\]"),
         (("classes", "name"), "manifest.json", r"repeated file names: expected \[\], got \['manifest\.json'\]"),
         (("shards", 1, "num_samples"), 0, r"shards without samples: expected \[\], got \['1\.tar'\]"),
@@ -164,3 +173,10 @@ def test_own_checksum_covers_everything_but_itself(manifest: Manifest, tmp_path:
     assert own_checksum(raw | {"manifest_sha256": ""}) == raw["manifest_sha256"]
     assert own_checksum(raw | {"seed": 4}) != raw["manifest_sha256"]
     assert own_checksum(raw | {"extra": {"skipped": [], "more": 1}}) != raw["manifest_sha256"]
+
+
+def test_numbers_as_keys_are_signed_as_they_are_read(manifest: Manifest, tmp_path: Path) -> None:
+    dataclasses.replace(manifest, extra={"images of size": {2: 1, 10: 3}}).save(tmp_path)
+    raw, _ = read_manifest_json(tmp_path)
+    assert raw["extra"] == {"images of size": {"2": 1, "10": 3}}
+    assert raw["manifest_sha256"] == own_checksum(raw)

@@ -297,15 +297,15 @@ def test_files_that_nobody_named_are_a_warning(copied: Path) -> None:
         (lambda raw: raw.update(window_bytes=8), []),
         (lambda raw: raw["extra"].update(more=1), []),
         (
-            lambda raw: raw["shards"][0].update(sha256="ab"),
-            [r"^shard-000000\.tar: is damaged: expected sha256 ab, got"],
+            lambda raw: raw["shards"][0].update(sha256="ab" * 32),
+            [r"^shard-000000\.tar: is damaged: expected sha256 (ab){32}, got"],
         ),
         (
             lambda raw: raw["shards"][1].update(bytes=512),
             [r"^shard-000001\.tar: is too long: expected 512", r"its index is damaged.* lies outside of its shard"],
         ),
-        (lambda raw: raw["classes"].update(sha256="ab"), [r"^classes\.jsonl: .*expected sha256 ab, got"]),
-        (lambda raw: raw["shards"][0].update(index_sha256="ab"), [r"its index is damaged.*expected sha256 ab"]),
+        (lambda raw: raw["classes"].update(sha256="ab" * 32), [r"^classes\.jsonl: .*expected sha256 (ab){32}, got"]),
+        (lambda raw: raw["shards"][0].update(index_sha256="ab" * 32), [r"its index is damaged.*sha256 (ab){32}, got"]),
         (
             lambda raw: raw["splits"]["test"].update(classes=3),
             [r"manifest\.json: split 'test': expected 3 classes and 6 images, got 2 classes and 6 images"],

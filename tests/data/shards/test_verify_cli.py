@@ -70,6 +70,7 @@ def test_what_cannot_be_checked(copied: Path, tmp_path: Path) -> None:
     cases = {
         (tmp_path / "none",): f"error: {tmp_path}/none/manifest.json is missing: ",
         (copied,): f"error: {copied}/manifest.json: expected version 2, got 1. Convert the data set again",
+        (copied / "manifest.json",): f"error: {copied}/manifest.json is a file: expected a folder of shards. Give the",
         ("pipe:cat x",): "error: `pipe:` is refused as a place of shards",
     }
     for arguments, message in cases.items():

@@ -236,3 +236,21 @@ def test_a_class_that_does_not_lie_together_is_a_warning(tmp_path: Path) -> None
     )
     write_shards(tmp_path / "long", samples_of("train", "wren", 9, 0), shard_bytes=1000)  # goes on in the next tar
     assert verify(tmp_path / "long").warnings == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content[:-1],
+        lambda content: content + b"\n",
+        lambda content: content.replace(b"\n", b"\r\n"),
+        lambda content: content.replace(b": ", b":  ", 1),
+    ],
+    ids=["cut", "longer", "line ends", "blank"],
+)
+def test_a_manifest_that_says_the_same_in_other_bytes(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    path = one_class(tmp_path / "shards") / "manifest.json"
+    path.write_bytes(change(path.read_bytes()))
+    assert verify(path.parent).faults == (
+        "manifest.json: was changed after the conversion: it says the same in other bytes (blanks, line ends).",
+    )

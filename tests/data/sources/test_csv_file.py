@@ -222,3 +222,9 @@ def test_files_that_are_no_csv(root: Path) -> None:
     assert csv.field_size_limit() == 131072
     with pytest.raises(DataError, match=r"line 2: field larger than field limit"):
         rows(root, "path,class,split\n" + "a" * 200_000 + ",c,train\n")
+
+
+@pytest.mark.parametrize("ending", ["  \n", ",,\n,,\n", " , ,\n\n"])
+def test_lines_without_content_are_no_rows(root: Path, ending: str) -> None:
+    text = "path,class,split\na/1.jpg,owl,train\n"
+    assert rows(root, text + ending) == rows(root, text)

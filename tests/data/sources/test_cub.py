@@ -59,6 +59,8 @@ def test_another_folder_names_the_layout(tmp_path: Path) -> None:
     assert "CUB_200_2011/image_class_labels.txt   image id, class id" in str(error.value)
     with pytest.raises(DataError, match="found no such folder"):
         Cub(tmp_path / "nowhere").listing()
+    with pytest.raises(DataError, match=r"found a folder that cannot be read \(File name too long\)"):
+        Cub(tmp_path / ("x" * 300)).listing()
     with pytest.raises(DataError, match="found an empty folder"):
         Cub(tmp_path / "notes").listing()
 
@@ -102,3 +104,18 @@ def test_table_that_is_no_text(root: Path) -> None:
     (root / "classes.txt").write_bytes(b"1 \xff\xfe\n")
     with pytest.raises(DataError, match=r"classes\.txt is not UTF-8 \(invalid start byte at byte 2\)"):
         Cub(root).listing()
+
+
+def test_folder_above_of_an_incomplete_set_is_not_blamed(root: Path) -> None:
+    (root / "images.txt").unlink()
+    root.rename(root.with_name("CUB_200_2011"))
+    with pytest.raises(DataError, match=r"CUB_200_2011 is not .* images, images\.txt missing; found classes\.txt"):
+        Cub(root.parent).listing()
+
+
+def test_folder_that_cannot_be_listed(root: Path) -> None:
+    folder = root / "images/001.Bird_1"
+    folder.rename(root / "moved")
+    folder.write_text("no folder")  # permissions do not stop a test that runs as root
+    reasons = {fault.reason for fault in Cub(root).listing().faults}
+    assert reasons == {f"the folder {folder} cannot be read (Not a directory). Check its permissions."}

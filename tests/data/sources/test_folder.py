@@ -1,5 +1,6 @@
 """Source `folder`: both layouts, class-disjoint splits, and folders that are not what they seem."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,44 @@ def test_added_class_keeps_the_order_of_the_others() -> None:
     assert longer == seeded_order(names, 1, "order")
     assert longer != seeded_order(names, 2, "order")
     assert longer != seeded_order(names, 1, "split")
+
+
+def test_nothing_in_a_wrong_place_is_passed_over(birds: Path) -> None:
+    picture(birds / "owl" / "young" / "a.png")
+    picture(birds / "loose.JPG")
+    (birds / "owl" / "notes.txt").write_text("dear")
+    (birds / "owl" / ".thumbnails").mkdir()
+    listing = Folder(birds).listing()
+    assert [(fault.source, fault.reason.split(".")[0]) for fault in listing.faults] == [
+        ("loose.JPG", "the image is in no class folder"),
+        ("owl/young", "a class folder cannot hold folders"),
+    ]
+    assert listing.extra == {"ignored_files": 1}
+    assert len(listing.items) == 16
+
+
+def test_loose_image_beside_the_classes_of_a_split(tmp_path: Path) -> None:
+    picture(tmp_path / "train" / "owl" / "a.png")
+    picture(tmp_path / "test" / "gull" / "b.png")
+    picture(tmp_path / "test" / "c.png")
+    assert [fault.source for fault in Folder(tmp_path).listing().faults] == ["test/c.png"]
+
+
+@pytest.mark.parametrize("out", ["shards", "owl/shards", "."])
+def test_shards_inside_of_the_folder_of_classes_are_refused(birds: Path, out: str) -> None:
+    with pytest.raises(InputError, match="must not be inside of the source folder, whose folders are classes"):
+        convert(Folder(birds), birds / out)
+    assert sorted(path.name for path in birds.iterdir()) == ["finch", "gull", "owl", "wren"]
+
+
+def test_class_folder_that_cannot_be_read(birds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = os.scandir
+
+    def refuse(path: Path) -> object:  # permissions do not stop a test that runs as root
+        if Path(path).name == "owl":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"birds/owl cannot be read \(Permission denied\)\. .* check permissions"):
+        Folder(birds).listing()

@@ -68,9 +68,14 @@ def test_missing_images(root: Path) -> None:
         InShop(root).listing()
 
 
+def test_folder_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"found a folder that cannot be read \(File name too long\)"):
+        InShop(tmp_path / ("x" * 300)).listing()
+
+
 def test_missing_list(root: Path) -> None:
     (root / "Eval" / "list_eval_partition.txt").unlink()
-    with pytest.raises(DataError, match=r"list_eval_partition\.txt missing; found Eval/, Img/"):
+    with pytest.raises(DataError, match=r"Eval is not .* list_eval_partition\.txt missing; found an empty folder"):
         InShop(root).listing()
 
 
