@@ -17,5 +17,9 @@ class DataError(InputError):
     """An image, a shard, an index or a manifest is unreadable, damaged or inconsistent."""
 
 
+class UnreachableError(DataError):
+    """A remote place did not answer in all tries; what it holds may be whole."""
+
+
 class TrainingError(RuntimeError):
     """A run cannot go on: a loss, an embedding or a gradient is not finite."""

@@ -38,7 +38,7 @@ def make_folder(path: Path, count: int = 4, size: int = 100_000) -> Folder:
     return Folder(path, content, {n: FileFacts(len(b), hashlib.sha256(b).hexdigest()) for n, b in content.items()})
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_until(is_so: Callable[[], bool], seconds: float = 60.0) -> None:
     """Return once it is so.
 
     Raises:
@@ -64,6 +64,13 @@ def size_of(folder: Path) -> int:
 def open_cached(server: FaultyServer, folder: Folder, settings: CacheSettings) -> CachedStore:
     """A store of the server's folder, its shards announced."""
     store = CachedStore(HttpStore(server.url, QUICK), settings)
+    store.announce(folder.facts)
+    return store
+
+
+def announced(url: str, folder: Folder, retry: RetrySettings = QUICK) -> HttpStore:
+    """A store without a cache, its shards announced."""
+    store = HttpStore(url, retry)
     store.announce(folder.facts)
     return store
 

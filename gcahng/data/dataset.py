@@ -21,7 +21,7 @@ from gcahng.data.images.transform_settings import TransformSettings
 from gcahng.data.images.transforms import eval_transform, train_draws, train_transform
 from gcahng.data.plans.class_table import ClassTable
 from gcahng.data.shards.reader import ShardSet
-from gcahng.errors import DataError, InputError
+from gcahng.errors import DataError, InputError, UnreachableError
 
 OnError = Literal["fail", "skip"]
 
@@ -123,7 +123,8 @@ class TrainImages(Dataset[Batch | Failure]):
         seed: Seed of the run.
         on_error: "fail" at an unreadable image, or "skip" it: the next image of its class, in the
             order of the table and round its end, that the batch does not hold takes its place. A
-            class that has no further readable image repeats one that the batch holds.
+            class that has no further readable image repeats one that the batch holds. A
+            remote place that cannot be reached says nothing of its images, and ends the run either way.
         max_pixels: Limit of a decoded image.
     """
 
@@ -162,7 +163,7 @@ class TrainImages(Dataset[Batch | Failure]):
                 try:
                     image = read(int(rows[group, place]))
                 except DataError as error:
-                    if self.on_error == "fail":
+                    if self.on_error == "fail" or isinstance(error, UnreachableError):
                         raise
                     problems.append(str(error))
                     image = self._replace(rows[:, place], group, label, read, str(error))
@@ -208,6 +209,8 @@ class TrainImages(Dataset[Batch | Failure]):
         for row in np.concatenate([after[~held], after[held & (after != bad)]]).tolist():
             try:
                 image = read(row)
+            except UnreachableError:
+                raise
             except DataError:
                 continue
             column[group] = row

@@ -13,13 +13,12 @@ from gcahng.data.dataset import EvalImages, Failure, ImageSource
 from gcahng.data.images.decode import MAX_PIXELS
 from gcahng.data.images.transform_settings import TransformSettings
 from gcahng.data.ranks import rank_part
-from gcahng.data.workers import worker_loader
+from gcahng.data.workers import requests_in_flight, worker_loader
 from gcahng.errors import DataError, InputError
 
 __all__ = ["EvalLoader", "eval_loader"]
 
 _FOLLOWING_SHARDS = 2
-_BATCHES_PER_WORKER = 2  # what torch asks of a worker ahead of time, its `prefetch_factor`
 
 
 class EvalLoader:
@@ -83,17 +82,17 @@ def eval_loader(
     rows = rows[rank_part(rows.size, rank, world_size)]
     chunks = [rows[start : start + batch_size] for start in range(0, rows.size, batch_size)]
     images = EvalImages(shards, transform, max_pixels)
-    requests = _Requests(shards, chunks, _BATCHES_PER_WORKER * num_workers)
+    requests = _Requests(shards, chunks, requests_in_flight(num_workers))
     return EvalLoader(worker_loader(images, requests, num_workers, pin_memory), len(chunks), rows)
 
 
 class _Requests:
     """The batches' rows, in order; tells the source which shards they lie in. The sampler of torch's DataLoader."""
 
-    def __init__(self, source: Any, chunks: Sequence[NDArray[np.int64]], num_ahead: int) -> None:
+    def __init__(self, source: Any, chunks: Sequence[NDArray[np.int64]], in_flight: int) -> None:
         self._source = source
         self._chunks = chunks
-        self._num_ahead = num_ahead
+        self._in_flight = in_flight
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
         if not hasattr(self._source, "expect"):
@@ -107,7 +106,8 @@ class _Requests:
         after = 0
         for place, chunk in enumerate(self._chunks):
             # Workers still read the batches that were asked for before this one.
-            present = _distinct(shard for held in shards[max(place - self._num_ahead, 0) : place + 1] for shard in held)
+            asked = shards[max(place + 1 - self._in_flight, 0) : place + 1]
+            present = _distinct(shard for held in asked for shard in held)
             while after < len(changes) and changes[after][0] <= place:
                 after += 1
             following: list[int] = []

@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import pickle
 import subprocess
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import pytest
@@ -23,6 +24,16 @@ from gcahng.errors import ConfigError, DataError, InputError
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> ShardSet:
     return write_shards(tmp_path_factory.mktemp("loader") / "shards")
+
+
+def children_since(before: set[int]) -> list[BaseProcess]:
+    """Processes that this test began; those of another one may take seconds to end on a busy machine."""
+    return [child for child in multiprocessing.active_children() if child.pid not in before]
+
+
+@pytest.fixture
+def before() -> set[int]:
+    return {child.pid for child in multiprocessing.active_children()}
 
 
 def test_batches_follow_the_plan(shards):
@@ -90,12 +101,12 @@ def test_a_started_epoch_continues_where_it_was_left(shards, num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_one_loader_serves_many_epochs(shards, num_workers):
+def test_one_loader_serves_many_epochs(shards, before, num_workers):
     loader = TrainLoader(shards, train_table(shards), transform=SETTINGS, num_workers=num_workers, **SIZES)
     children = []
     for epoch in (0, 3):
         assert_same(list(loader.epoch_iterator(epoch)), load(shards, 0, epoch=epoch))
-        children.append({worker.pid for worker in multiprocessing.active_children()})
+        children.append({worker.pid for worker in children_since(before)})
     assert len(children[0]) == num_workers and children[0] == children[1]
     # An epoch that is left early does not leak into the next one.
     assert_same([next(iter(loader.epoch_iterator(2)))], load(shards, 0, epoch=2)[:1])
@@ -212,12 +223,12 @@ def test_an_impossible_batch_size_is_named(shards):
         eval_loader(shards, np.arange(3), transform=SETTINGS, batch_size=0)
 
 
-def test_workers_leave_signals_to_the_main_process(shards):
+def test_workers_leave_signals_to_the_main_process(shards, before):
     """A scheduler signals the whole group; the step in progress still gets its batches."""
     loader = TrainLoader(shards, train_table(shards), transform=SETTINGS, num_workers=2, **SIZES)
     batches = iter(loader.epoch_iterator(1))
     received = [next(batches)]
-    workers = multiprocessing.active_children()
+    workers = children_since(before)
     for worker in workers:
         for name in ("TERM", "INT"):
             subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
@@ -230,16 +241,16 @@ def test_workers_leave_signals_to_the_main_process(shards):
     assert [worker.exitcode for worker in workers] == [0, 0]
 
 
-def test_workers_obey_a_signal_of_their_parent(shards):
+def test_workers_obey_a_signal_of_their_parent(shards, before):
     loader = TrainLoader(shards, train_table(shards), transform=SETTINGS, num_workers=1, **SIZES)
     list(loader.epoch_iterator(1))
-    (worker,) = multiprocessing.active_children()
+    (worker,) = children_since(before)
     worker.terminate()
     worker.join(timeout=5)
     assert worker.exitcode == 0
 
 
-def test_workers_end_at_an_error(tmp_path):
+def test_workers_end_at_an_error(tmp_path, before):
     shards = write_shards(tmp_path / "shards", broken=(13, 31))
     sizes = SIZES | {"num_classes": 6}
     loader = TrainLoader(shards, train_table(shards), transform=SETTINGS, num_workers=2, **sizes)
@@ -250,4 +261,4 @@ def test_workers_end_at_an_error(tmp_path):
         list(eval_loader(shards, test_rows, transform=SETTINGS, batch_size=2, num_workers=2))
     # The tracebacks are still alive here, and hold what they hold.
     assert train_error.tb is not None and eval_error.tb is not None
-    assert multiprocessing.active_children() == []
+    assert children_since(before) == []

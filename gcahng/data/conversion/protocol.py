@@ -51,8 +51,8 @@ def classes_shared_with_train(listing: Listing, *, allow_mismatch: bool) -> int:
         more = f" (and {len(shared) - 1} more)" if len(shared) > 1 else ""
         raise DataError(
             f"Class {first!r}{more} is in {TRAIN} and in {shared[first]}: expected training classes that no other "
-            "split has, because retrieval is evaluated on unseen classes. Remove or rename one of them, give one folder of "
-            "classes and let the seed split it, or pass --allow-mismatch to go on all the same."
+            "split has, because retrieval is evaluated on unseen classes. Remove or rename one of them, give one "
+            "folder of classes and let the seed split it, or pass --allow-mismatch to go on all the same."
         )
     return len(shared)
 

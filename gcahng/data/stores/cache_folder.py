@@ -147,6 +147,7 @@ class CacheFolder:
         """Write a small file of this set. Shards make room for it; where that is not enough, it is written anyway."""
         path = self.small_path(name, sha256)
         self._in_use.get()
+        self._set.mkdir(parents=True, exist_ok=True)  # someone may have cleared the cache since
         with locked(self.root / "lock"):
             if not make_room(self.root, len(content), self.max_bytes, own_set=self._set.name):
                 log.warning(

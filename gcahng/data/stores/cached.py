@@ -47,7 +47,7 @@ class CachedStore:
     A read is answered by the cache where the shard is there, and by a ranged request for just these bytes where it is
     not: nobody waits for a whole shard. `expect` has whole shards fetched by a thread of this process; of all
     processes that share the cache, one fetches a shard, and another one takes over when it dies. Where the cache's
-    folder cannot be used, one warning says so and all reads are direct.
+    folder cannot be used, one warning says so, reads are direct, and every new expectation tries it again.
 
     Args:
         remote: The remote folder.

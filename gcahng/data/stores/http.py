@@ -1,5 +1,6 @@
 """Shards on a web server, read by ranged GET requests."""
 
+import base64
 import logging
 import re
 import time
@@ -11,21 +12,23 @@ from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 from urllib3.exceptions import HTTPError
-from urllib3.util import Timeout, make_headers
+from urllib3.util import Timeout
 
+from gcahng.data.stores.connections import connection_pool
 from gcahng.data.stores.per_process import PerProcess
 from gcahng.data.stores.remote import Blocks, RemoteStore
-from gcahng.data.stores.retry import Pace, PermanentFault, RetrySettings, TemporaryFault
+from gcahng.data.stores.retry import PermanentFault, RetrySettings, TemporaryFault
 from gcahng.data.stores.urls import WebFolder, redact
 
 log = logging.getLogger(__name__)
 
 _BLOCK = 1 << 18
-_CONNECTIONS = 16
 _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
-_CONTENT_RANGE = re.compile(r"bytes\s+(\d+)-(\d+)/(\d+|\*)", re.IGNORECASE)
-_UNSATISFIED = re.compile(r"bytes\s+\*/(\d+)", re.IGNORECASE)
+_NUMBER = r"([0-9]{1,18})"
+_CONTENT_RANGE = re.compile(rf"bytes\s+{_NUMBER}-{_NUMBER}/(?:{_NUMBER}|\*)", re.IGNORECASE)
+_UNSATISFIED = re.compile(rf"bytes\s+\*/{_NUMBER}", re.IGNORECASE)
+_DIGITS = re.compile(_NUMBER)
 # Others of 400 to 499 stay what they are, however often one asks.
 _MAY_PASS = (408, 425, 429)
 _STAYS = (501, 505)
@@ -66,18 +69,18 @@ class HttpStore(RemoteStore):
         response = self._open(name, "bytes=0-0")
         try:
             if response.status == 206:
-                total = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-                if total and total[3] != "*":
+                total = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
+                if total and total[3]:
                     return int(total[3])
             elif response.status == 416:  # an empty file
-                empty = _UNSATISFIED.fullmatch(response.headers.get("Content-Range", ""))
+                empty = _UNSATISFIED.fullmatch(response.headers.get("Content-Range", "").strip())
                 if not empty:
                     raise _status_fault(response)
                 return int(empty[1])
             elif response.status == 200:
-                length = response.headers.get("Content-Length", "")
-                if length.isdigit():
-                    return int(length)
+                length = _DIGITS.fullmatch(response.headers.get("Content-Length", "").strip())
+                if length:
+                    return int(length[1])
             else:
                 raise _status_fault(response)
             raise PermanentFault("the server does not tell the file's size", _CHECK_SERVER)
@@ -85,7 +88,6 @@ class HttpStore(RemoteStore):
             response.close()
 
     def _stream_once(self, name: str, offset: int, length: int | None) -> Blocks:
-        pace = Pace(self.retry)
         response = self._open(name, None if length is None else f"bytes={offset}-{offset + length - 1}")
         try:
             skip = 0
@@ -96,11 +98,11 @@ class HttpStore(RemoteStore):
                 skip = offset
             else:
                 raise self._fault(name, response)
-            yield from self._body(response, skip, length, pace)
+            yield from self._body(response, skip, length)
         finally:
             response.close()  # a connection with an answer half read is of no further use
 
-    def _body(self, response: urllib3.BaseHTTPResponse, skip: int, length: int | None, pace: Pace) -> Blocks:
+    def _body(self, response: urllib3.BaseHTTPResponse, skip: int, length: int | None) -> Blocks:
         """Bytes from `skip` on, `length` of them where the answer is the whole file and more was not asked for."""
         received = 0
         stop = skip + length if length is not None and response.status == 200 else None
@@ -114,7 +116,6 @@ class HttpStore(RemoteStore):
                 break
             start = received
             received += len(block)
-            pace.check(received)
             wanted = block[max(0, skip - start) : None if stop is None else stop - start]
             if wanted:
                 yield wanted
@@ -129,8 +130,13 @@ class HttpStore(RemoteStore):
             if response.status not in _REDIRECTS or not target:
                 return response
             response.close()
-            target = urljoin(url, target)
-            scheme = target.partition(":")[0].lower()
+            try:
+                target = urljoin(url, target)
+                scheme = urllib3.util.parse_url(target).scheme
+            except ValueError:  # urllib3's LocationParseError is one, too
+                raise PermanentFault(
+                    f"redirected to {redact(target)[:200]!r}, which is no URL", _CHECK_SERVER
+                ) from None
             if scheme not in ("http", "https") or (scheme == "http" and url.startswith("https:")):
                 raise PermanentFault(f"redirected to {redact(target)}, which is not https", _CHECK_SERVER)
             url = target
@@ -139,7 +145,8 @@ class HttpStore(RemoteStore):
     def _request(self, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
         parts = urllib3.util.parse_url(url)
         if self._folder.user and (parts.scheme, parts.netloc) == self._folder.origin:
-            headers = {**headers, **make_headers(basic_auth=self._folder.user)}
+            user = base64.b64encode(self._folder.user.encode()).decode()
+            headers = {**headers, "Authorization": f"Basic {user}"}
         try:
             return self._pool(parts.scheme or "", parts.host or "").request(
                 "GET",
@@ -162,14 +169,7 @@ class HttpStore(RemoteStore):
         proxy = "" if proxy_bypass(host) else getproxies().get(scheme, "")
         pools = self._pools.get()
         if proxy not in pools:
-            if proxy:
-                pools[proxy] = urllib3.ProxyManager(
-                    proxy,
-                    maxsize=_CONNECTIONS,
-                    proxy_headers=make_headers(proxy_basic_auth=urllib3.util.parse_url(proxy).auth),
-                )
-            else:
-                pools[proxy] = urllib3.PoolManager(maxsize=_CONNECTIONS)
+            pools[proxy] = connection_pool(proxy, self.retry)
         return pools[proxy]
 
     def _check_range(self, name: str, response: urllib3.BaseHTTPResponse, offset: int, length: int) -> None:
@@ -177,7 +177,7 @@ class HttpStore(RemoteStore):
         _check_encoding(response)
         told = response.headers.get("Content-Range", "")
         match = _CONTENT_RANGE.fullmatch(told.strip())
-        if match and match[3] != "*":
+        if match and match[3]:
             self._check_total(name, int(match[3]))
         if not match or (int(match[1]), int(match[2])) != (offset, offset + length - 1):
             raise TemporaryFault(f"expected the bytes {offset}-{offset + length - 1}, the answer's range is {told!r}")
@@ -187,11 +187,11 @@ class HttpStore(RemoteStore):
 
     def _check_whole(self, name: str, response: urllib3.BaseHTTPResponse, ranged: bool) -> None:
         _check_encoding(response)
-        size = response.headers.get("Content-Length", "")
         if not ranged:
             return
-        if size.isdigit():
-            self._check_total(name, int(size))
+        size = _DIGITS.fullmatch(response.headers.get("Content-Length", "").strip())
+        if size:
+            self._check_total(name, int(size[1]))
         if self.ranged is None:
             log.warning(
                 "The server of %s sends whole files where parts are asked for: reads of single samples are slow until "
@@ -242,9 +242,9 @@ def _retry_after_s(value: str | None) -> float | None:
     """Seconds of a `Retry-After` header: a number or a date."""
     if value is None:
         return None
-    if value.strip().isdigit():
+    if _DIGITS.fullmatch(value.strip()):
         return float(value)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None

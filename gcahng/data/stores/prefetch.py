@@ -46,6 +46,7 @@ class Prefetcher:
         self._wake = threading.Condition()
         self._stop = threading.Event()
         self._reported: set[str] = set()
+        self._is_unusable = False
         self._thread: threading.Thread | None = None
         self.shards_fetched = 0
 
@@ -93,15 +94,10 @@ class Prefetcher:
                     order = self._order
                 if self._stop.is_set():
                     return
-                self._fulfil(order)
-        except OSError as error:
-            log.warning(
-                "The cache %s cannot be used (%s); samples are read from %s directly. Make room or name another "
-                "folder (data.cache_dir).",
-                self._cache.root,
-                error,
-                self._remote.location,
-            )
+                try:
+                    self._fulfil(order)
+                except OSError as error:  # a folder that was cleared, a full disk: the next window may fare better
+                    self._report_unusable(error)
         except Exception:
             log.exception("Fetching shards ahead ended; samples are read from %s directly.", self._remote.location)
 
@@ -123,6 +119,17 @@ class Prefetcher:
             if waiting:  # another process fetches them, until it dies
                 with self._wake:
                     self._wake.wait_for(lambda: self._is_over(order), _LOOK_AGAIN_S)
+
+    def _report_unusable(self, error: OSError) -> None:
+        if not self._is_unusable:
+            self._is_unusable = True
+            log.warning(
+                "The cache %s cannot be used (%s); samples are read from %s directly, and the next window tries again. "
+                "Make room or name another folder (data.cache_dir).",
+                self._cache.root,
+                error,
+                self._remote.location,
+            )
 
     def _report_no_room(self, present: tuple[str, ...]) -> None:
         if "" not in self._reported:
@@ -163,7 +170,7 @@ class Prefetcher:
             draft.discard()
             if name not in self._reported:
                 self._reported.add(name)
-                log.error("A shard could not be fetched ahead; its samples are read directly. %s", error)
+                log.warning("A shard could not be fetched ahead; its samples are read directly. %s", error)
             return "failed"
         except BaseException:
             draft.discard()

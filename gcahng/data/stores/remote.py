@@ -18,7 +18,9 @@ Blocks = Generator[bytes, None, None]
 Sink = Callable[[int, bytes], None]
 """Takes a block and its offset in the file."""
 
+# Files that come as one answer: those that the manifest vouches for, and the manifest itself.
 _LARGEST_WHOLE = 4 << 30
+_LARGEST_UNKNOWN = 256 << 20
 _CHANGED = "The files there are not those of the manifest: upload the whole converted folder again."
 
 
@@ -107,6 +109,8 @@ class RemoteStore(ABC):
 
         def attempt() -> None:
             nonlocal done
+            if done == end:  # the try before failed after the last byte; an empty range means the whole file
+                return
             begin = done
             with closing(self._stream_once(name, done, end - done)) as blocks:
                 for block in blocks:
@@ -129,14 +133,16 @@ class RemoteStore(ABC):
             DataError: The file does not exist, has another checksum, or the tries are used up.
         """
 
+        largest = _LARGEST_UNKNOWN if sha256 is None else _LARGEST_WHOLE
+
         def attempt() -> bytes:
             content = bytearray()
             with closing(self._stream_once(name, 0, None)) as blocks:
                 for block in blocks:
                     content += block
                     self.traffic.add(bytes_fetched=len(block))
-                    if len(content) > _LARGEST_WHOLE:
-                        raise PermanentFault(f"it has more than {_LARGEST_WHOLE} bytes", _CHANGED)
+                    if len(content) > largest:
+                        raise PermanentFault(f"it has more than {largest} bytes", _CHANGED)
             got = hashlib.sha256(content).hexdigest()
             if sha256 is not None and got != sha256:
                 raise TemporaryFault(f"expected sha256 {sha256}, got {got} ({len(content)} bytes)")

@@ -1,14 +1,19 @@
 """Trying again: which faults may pass, how long to wait, and the one error when they do not pass."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import SystemRandom
 from typing import TypeVar
 
-from gcahng.errors import ConfigError, DataError
+from gcahng.errors import ConfigError, DataError, UnreachableError
+
+log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+
+_TOLD_AFTER = 2  # failures; a single one is everyday life and passes in half a second
 
 # Not the process's global generator: that belongs to the run and is seeded. Forked workers must not wait in step.
 _JITTER = SystemRandom()
@@ -114,7 +119,8 @@ def with_retries(
         wait: Sleeps so many seconds; may raise to end the tries.
         on_retry: Called before each further try.
     Raises:
-        DataError: A fault that does not pass, or the last try failed.
+        DataError: A fault that does not pass.
+        UnreachableError: The last try failed.
     """
     failures = 0
     while True:
@@ -125,10 +131,12 @@ def with_retries(
         except TemporaryFault as fault:
             failures += 1
             if failures >= settings.tries:
-                raise DataError(
+                raise UnreachableError(
                     f"{what} cannot be read: {failures} {'try' if failures == 1 else 'tries'}, the last one: "
                     f"{fault.reason}. Check the server and the network, then start again."
                 ) from None
             pause = settings.wait_s(failures, fault.wait_s)
+            if failures == _TOLD_AFTER:
+                log.warning("%s cannot be read yet: %s. Up to %d more tries.", what, fault.reason, settings.tries - failures)
         on_retry()
         wait(pause)

@@ -1,9 +1,19 @@
 """What a place of shards can do; `gcahng.data.stores.open_store` finds the right one for a location."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+from gcahng.errors import DataError
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def is_sha256(text: str) -> bool:
+    """Whether it is a checksum as all manifests write it: 64 hexadecimal digits in small letters."""
+    return _SHA256.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
@@ -12,11 +22,21 @@ class FileFacts:
 
     Attributes:
         bytes: Its size.
-        sha256: Its checksum, hexadecimal.
+        sha256: Its checksum, 64 hexadecimal digits: the cache names files by it.
+
+    Raises:
+        DataError: The checksum is something else, such as a path.
     """
 
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if not is_sha256(self.sha256):
+            raise DataError(
+                f"A shard's checksum must have 64 hexadecimal digits, got {self.sha256[:100]!r}. Take a manifest that "
+                "a conversion wrote."
+            )
 
 
 class ShardStore(Protocol):

@@ -58,7 +58,7 @@ class WebFolder:
     @property
     def origin(self) -> tuple[str, str]:
         """Scheme and host: the user's password goes to no other."""
-        return self.scheme, self.host
+        return self.scheme, self.host.lower()
 
     def shown(self) -> str:
         """The folder's URL for messages."""

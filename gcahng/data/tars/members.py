@@ -230,10 +230,10 @@ class TarMembers:
         return self._bytes(self._content, info.size)
 
     def _pax_records(self, info: tarfile.TarInfo) -> dict[str, str]:
-        content = self._extension(info)
+        content = self._extension(info).rstrip(b"\0")
         records = {}
         position = 0
-        while position < len(content) and content[position:].strip(b"\0"):
+        while position < len(content):
             match = _PAX_RECORD.match(content, position)
             end = position + int(match[1]) if match else 0
             if match is None or end > len(content) or end <= match.end() or content[end - 1] != 0x0A:

@@ -10,6 +10,7 @@ from store_cases import QUICK, Folder, cached, check_reads, names, open_cached, 
 
 from gcahng.data.stores import CacheSettings, FileFacts
 from gcahng.data.stores.cached import CachedStore
+from gcahng.data.stores.file_lock import locked
 from gcahng.data.stores.http import HttpStore
 from gcahng.errors import DataError
 
@@ -52,12 +53,14 @@ def test_the_bound_holds_at_every_moment(
     store: CachedStore, server: FaultyServer, folder: Folder, settings: CacheSettings
 ) -> None:
     assert settings.dir is not None
+    settings.dir.mkdir()
     sizes: list[int] = []
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.003):
-            sizes.append(size_of(settings.dir))
+            with locked(settings.dir / "lock"):  # room is given and taken with it: files are looked at one by one
+                sizes.append(size_of(settings.dir))
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -241,6 +244,13 @@ def test_unknown_names_are_not_fetched(store: CachedStore, folder: Folder, setti
     store.expect(["other.tar", "s0.tar", "s0.tar"], ["s0.tar"])
     wait_until(lambda: cached(settings, folder) == names(0))
     assert store.stats().shards_fetched == 1
+
+
+@pytest.mark.parametrize("sha256", ["../../thesis.txt", "", "0" * 63, "0" * 64 + "\n", "A" * 64])
+def test_a_checksum_that_is_a_path(sha256: str) -> None:
+    """The cache names files by checksums, reads them, and removes them where their size is wrong."""
+    with pytest.raises(DataError, match="must have 64 hexadecimal digits"):
+        FileFacts(7, sha256)
 
 
 def test_an_empty_shard(store: CachedStore, folder: Folder) -> None:

@@ -3,6 +3,8 @@
 import errno
 import logging
 import os
+import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,7 +73,7 @@ def test_a_wrong_checksum_that_stays_is_reported(
     store.expect(names(0, 1), [])
     wait_until(lambda: cached(settings, folder) == names(1))
     (record,) = caplog.records
-    assert record.levelno == logging.ERROR
+    assert record.levelno == logging.WARNING
     assert f"`s0.tar` of {server.url} is damaged: expected sha256 {folder.facts['s0.tar'].sha256}, got" in caplog.text
     assert "in the last of 3 downloads. Upload it again" in caplog.text
     assert parts(settings) == []
@@ -119,10 +121,31 @@ def test_a_cache_that_cannot_be_used(
     assert "cannot be used" in caplog.text
     store.expect(names(0), [])
     check_reads(store, folder)
-    wait_until(lambda: len(caplog.records) == 2)  # the thread says that it ends
+    wait_until(lambda: len(caplog.records) == 2)
     assert "samples are read from" in caplog.text
     store.close()
     folder.path.parent.chmod(0o700)
+
+
+def test_a_cache_that_is_cleared_meanwhile(
+    store: CachedStore, server: FaultyServer, folder: Folder, settings: CacheSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A download loses its file; what comes after is kept again."""
+    assert settings.dir is not None
+    go = threading.Event()
+    first = store.local_copy("s5.tar", folder.facts["s5.tar"].sha256)
+    server.fault = lambda handler, request: request.name == "s0.tar" and not go.wait(20)
+    store.expect(names(0), [])
+    wait_until(lambda: parts(settings) != [])
+    shutil.rmtree(settings.dir)
+    go.set()
+    wait_until(lambda: len(caplog.records) == 1)
+    assert "cannot be used" in caplog.text
+    check_reads(store, folder)
+    store.expect(names(1), [])
+    wait_until(lambda: cached(settings, folder) == names(1))
+    assert store.local_copy("s5.tar", folder.facts["s5.tar"].sha256) == first
+    assert len(caplog.records) == 1
 
 
 def test_a_disk_that_fills_up(

@@ -41,7 +41,7 @@ def test_a_forked_worker_reads_while_the_parent_fetches(
     held.wait(30)
     child = os.fork()
     if child == 0:
-        signal.alarm(60)
+        signal.alarm(150)
         right = store.read("s0.tar", 512, 9) == folder.content["s0.tar"][512:521]
         right &= store.stats().direct_reads == 1
         store.expect(names(1), [])
@@ -65,7 +65,7 @@ from pathlib import Path
 store, present, rounds = pickle.loads(Path(sys.argv[1]).read_bytes())
 store.expect(present, [])
 print("begun", flush=True)
-end = time.monotonic() + 30
+end = time.monotonic() + 100
 while time.monotonic() < end and not all(store.read(name, 0, 5) and store._cache.has_shard(store._facts[name])
                                          for name in present):
     time.sleep(0.02)
@@ -87,7 +87,7 @@ def test_two_processes_fetch_each_shard_once(
 ) -> None:
     children = [start_child(tmp_path, store, names(0, 1, 2)) for _ in range(2)]
     try:
-        fetched = [int(child.communicate(timeout=40)[0].split()[1]) for child in children]
+        fetched = [int(child.communicate(timeout=120)[0].split()[1]) for child in children]
     finally:
         for child in children:
             child.kill()
@@ -107,7 +107,7 @@ def test_another_process_takes_over_when_one_dies(
     server.fault = lambda handler, request: bool(request.range and request.range[0] >= 60_000 and go.wait(20) and False)
     child = start_child(tmp_path, store, names(0))
     try:
-        wait_until(lambda: server.count("s0.tar") >= 4, 30)
+        wait_until(lambda: server.count("s0.tar") >= 4)
         (part,) = parts(settings)
         assert part == folder.facts["s0.tar"].sha256 + ".part"
         assert settings.dir is not None
@@ -140,13 +140,13 @@ def test_the_end_of_the_process_ends_a_download(
     """Neither the thread nor a server that hangs keeps a process from ending, and nothing is left behind."""
     go = threading.Event()
     server.fault = lambda handler, request: bool(request.range and request.range[0] >= 60_000 and go.wait(20) and False)
-    program = CHILD.replace("end = time.monotonic() + 30", "time.sleep(0.3); sys.exit(0)")
+    program = CHILD.replace("end = time.monotonic() + 100", "time.sleep(0.3); sys.exit(0)")
     path = tmp_path / "job"
     impatient = CachedStore(HttpStore(server.url, IMPATIENT), settings)
     impatient.announce(folder.facts)
     path.write_bytes(pickle.dumps((impatient, names(0), "")))
     try:
-        done = subprocess.run([sys.executable, "-c", program, str(path)], timeout=30, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", program, str(path)], timeout=120, capture_output=True, text=True)
     finally:
         go.set()
     assert (done.returncode, done.stderr) == (0, "")

@@ -205,6 +205,6 @@ def test_a_file_system_that_cannot_be_set_up(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_no_read_beside_the_announced_file(faulty: type[FaultyFileSystem], folder: Folder) -> None:
     store = announced(folder)
-    store.announce({"s1.tar": FileFacts(10, "")})
+    store.announce({"s1.tar": FileFacts(10, "0" * 64)})
     assert store.read("s1.tar", 5, 9) == folder.content["s1.tar"][5:10]
     assert faulty.calls == [("s1.tar", 5, 10)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import faulty_server as faults
 import pytest
 from faulty_server import FaultyServer, Handler, Request, serve, status, times
-from store_cases import IMPATIENT, QUICK, Folder, make_folder, wait_until
+from store_cases import IMPATIENT, QUICK, Folder, announced, make_folder, wait_until
 
 from gcahng.data.stores import FileFacts
 from gcahng.data.stores.http import HttpStore
@@ -30,12 +30,6 @@ def folder(tmp_path: Path) -> Folder:
 def server(folder: Folder) -> Iterator[FaultyServer]:
     with serve(folder.path) as server:
         yield server
-
-
-def announced(url: str, folder: Folder, retry: RetrySettings = QUICK) -> HttpStore:
-    store = HttpStore(url, retry)
-    store.announce(folder.facts)
-    return store
 
 
 def test_reads_ranges_over_one_connection(server: FaultyServer, folder: Folder) -> None:
@@ -233,7 +227,13 @@ def test_redirects(server: FaultyServer, folder: Folder) -> None:
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("/again/s1.tar", "more than 5 redirects"), ("ftp://host/a?secret", r"redirected to ftp://host/a\?\*\*\*, which")],
+    [
+        ("/again/s1.tar", "more than 5 redirects"),
+        ("ftp://host/a?secret", r"redirected to ftp://host/a\?\*\*\*, which is not https"),
+        ("file:///etc/passwd", "redirected to file:///etc/passwd, which is not https"),
+        ("http://[::1/", r"redirected to 'http://\[::1/', which is no URL"),
+        ("http://host:99999/?secret", r"redirected to 'http://host:99999/\?\*\*\*', which is no URL"),
+    ],
 )
 def test_redirects_that_lead_nowhere(server: FaultyServer, folder: Folder, target: str, message: str) -> None:
     server.fault = redirect(target)
@@ -249,6 +249,15 @@ def test_a_password_goes_to_its_own_host_only(server: FaultyServer, folder: Fold
         (here,), (there,) = server.requests, other.requests
     assert here.headers["authorization"] == "Basic " + base64.b64encode(b"me:pass word").decode()
     assert "authorization" not in there.headers
+
+
+@pytest.mark.parametrize(("user", "sent"), [("me:pw", b"me:pw"), ("me:p%C5%82", b"me:p\xc5\x82")])
+def test_a_password_of_any_letters_and_a_host_in_any(
+    server: FaultyServer, folder: Folder, user: str, sent: bytes
+) -> None:
+    url = server.url.replace("http://127.0.0.1", f"http://{user}@LocalHost")
+    announced(url, folder).read("s1.tar", 5, 9)
+    assert server.requests[0].headers["authorization"] == "Basic " + base64.b64encode(sent).decode()
 
 
 def test_tokens_go_to_every_file_and_into_no_message(server: FaultyServer, folder: Folder) -> None:
@@ -352,6 +361,6 @@ def test_sizes_of_files_nobody_announced_are_kept(server: FaultyServer, folder: 
     for _ in range(3):
         store.read("s1.tar", 0, 5)
     assert server.ranges("s1.tar") == {(0, 0): 1, (0, 4): 3}
-    store.announce({"s1.tar": FileFacts(7, "")})
+    store.announce({"s1.tar": FileFacts(7, "0" * 64)})
     with pytest.raises(DataError, match="expected a file of 7 bytes, it has 100000"):
         store.read("s1.tar", 0, 5)

@@ -37,7 +37,7 @@ def test_another_size_than_announced(tmp_path: Path, size: int, word: str) -> No
     folder = make_folder(tmp_path / "set", count=1)
     message = f"s0.tar is {word}: expected {size} bytes, got 100000. Restore the file"
     with pytest.raises(DataError, match=message):
-        LocalStore(folder.path).announce({"s0.tar": FileFacts(size, "")})
+        LocalStore(folder.path).announce({"s0.tar": FileFacts(size, "0" * 64)})
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

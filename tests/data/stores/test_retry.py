@@ -53,6 +53,16 @@ def test_the_last_try_ends_in_one_error() -> None:
     assert attempt.calls == 3
 
 
+def test_a_long_wait_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    settings = RetrySettings(tries=5, first_wait_s=0.001)
+    with_retries(Flaky(TemporaryFault("a")), "It", settings, wait=lambda _: None)
+    assert not caplog.records
+    with_retries(Flaky(*(TemporaryFault(f"reason {i}") for i in range(4))), "It", settings, wait=lambda _: None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "It cannot be read yet: reason 1. Up to 3 more tries."
+    ]
+
+
 def test_one_try() -> None:
     with pytest.raises(DataError, match="1 try, the last"):
         with_retries(Flaky(TemporaryFault("a")), "It", RetrySettings(tries=1), wait=lambda _: None)
@@ -77,9 +87,8 @@ def test_a_wait_may_end_the_tries() -> None:
 
 def test_pace() -> None:
     pace = Pace(RetrySettings(read_timeout_s=0.05, slowest_bytes_per_s=1000))
-    pace.check(0)
     time.sleep(0.12)
-    pace.check(100)  # 100 bytes may take 0.05 + 0.1 seconds
+    pace.check(1_000_000)  # may take 1000 seconds, these 20 bytes 0.05 + 0.02
     with pytest.raises(TemporaryFault, match="too slow: 20 bytes in"):
         pace.check(20)
 
