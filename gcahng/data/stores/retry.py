@@ -137,6 +137,8 @@ def with_retries(
                 ) from None
             pause = settings.wait_s(failures, fault.wait_s)
             if failures == _TOLD_AFTER:
-                log.warning("%s cannot be read yet: %s. Up to %d more tries.", what, fault.reason, settings.tries - failures)
+                log.warning(
+                    "%s cannot be read yet: %s. Up to %d more tries.", what, fault.reason, settings.tries - failures
+                )
         on_retry()
         wait(pause)
