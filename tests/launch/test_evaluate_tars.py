@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import webdataset
 from run_cases import train
+from tar_cases import arrays
 
 from gcahng.data.shards.reader import ShardSet
 from gcahng.training.evaluate_checkpoint import evaluate_checkpoint
@@ -39,7 +40,7 @@ def test_tars_give_the_metrics_of_the_folder(command_line, run_dir, tars, tmp_pa
     want = evaluate_checkpoint(run_dir / "last")
     assert json.loads((tmp_path / "row.json").read_text()) == pytest.approx(want, rel=1e-12)
     assert "48 queries, 0 without a reference" in ended.out and ended.err == ""
-    embeddings = np.load(tmp_path / "e.npz")
+    embeddings = arrays(tmp_path / "e.npz")
     assert embeddings["embeddings"].shape == (48, 8) and embeddings["class_names"].shape == (8,)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import webdataset
 from run_cases import make_config
-from tar_cases import picture, write_tar
+from tar_cases import arrays, picture, write_tar
 
 from gcahng.data.shards.reader import ShardSet
 from gcahng.data.shards.writer import Sample, ShardWriter
@@ -116,7 +116,7 @@ def test_tars_search_other_tars(shard_set, shuffled, model, settings, tmp_path) 
         *embed_rows(model, shard_set, query, settings), *embed_rows(model, shard_set, gallery, settings), ks=(1, 10)
     )
     assert as_row(got) == pytest.approx(as_row(want), rel=1e-12)
-    saved = np.load(save_to)
+    saved = arrays(save_to)
     assert saved["keys"].tolist() == [f"image-{row}" for row in query]
     assert saved["gallery_keys"].tolist() == [f"image-{row}" for row in gallery]
     names = dict(zip(saved["class_ids"].tolist(), saved["class_names"].tolist(), strict=True))
@@ -179,7 +179,7 @@ def test_saved_embeddings_of_a_shard_folder(finished_run, shard_set, tmp_path) -
     save_to = tmp_path / "test.npz"
     row = evaluate_checkpoint(finished_run.dir / "last", save_to=save_to)
     assert row == evaluate_checkpoint(finished_run.dir / "last")
-    saved = np.load(save_to)  # allow_pickle is False
+    saved = arrays(save_to)
     assert sorted(saved) == ["class_ids", "class_names", "embeddings", "keys", "labels", "shards"]
     rows = shard_set.split_samples("test")
     model, config = load_metric_model(finished_run.dir / "last")
@@ -203,7 +203,7 @@ def test_saved_embeddings_of_a_query_and_a_gallery_split(model, settings, tmp_pa
     shard_set = ShardSet.open(tmp_path / "shards")
     config = EvalConfig(protocol="query_gallery", split="query", gallery_split="gallery", ks=(1,))
     evaluate(model, shard_set, config, settings, save_to=tmp_path / "both.npz")
-    saved = np.load(tmp_path / "both.npz")
+    saved = arrays(tmp_path / "both.npz")
     for prefix, split in (("", "query"), ("gallery_", "gallery")):
         embeddings, labels = embed_rows(model, shard_set, shard_set.split_samples(split), settings)
         assert np.array_equal(saved[f"{prefix}embeddings"], embeddings.numpy())
@@ -214,7 +214,7 @@ def test_saved_embeddings_of_a_query_and_a_gallery_split(model, settings, tmp_pa
 def test_saved_numbers_of_tars_are_the_labels(model, settings, tmp_path) -> None:
     locations = [tar_of(tmp_path / "a.tar", [b"70", b"5", b"70", b"5"])]
     evaluate_tars(model, TarSets(locations), EvalConfig(ks=(1,)), settings, save_to=tmp_path / "a.npz")
-    saved = np.load(tmp_path / "a.npz")
+    saved = arrays(tmp_path / "a.npz")
     assert saved["labels"].tolist() == [70, 5, 70, 5] and saved["shards"].tolist() == locations * 4
     assert (saved["class_ids"].tolist(), saved["class_names"].tolist()) == ([5, 70], ["5", "70"])
 

@@ -309,7 +309,8 @@ def test_threads_share_a_store(server: FaultyServer, folder: Folder, caplog: pyt
     assert wrong == []
     assert store.traffic.bytes_fetched == 40_000
     assert store.traffic.retries == 5
-    assert not caplog.records
+    # One read may meet two of the faults, which is told; connections must not be short.
+    assert {record.name for record in caplog.records} <= {"gcahng.data.stores.retry"}
 
 
 def test_a_forked_process_has_its_own_connections(server: FaultyServer, folder: Folder) -> None:
