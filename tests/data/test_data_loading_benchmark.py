@@ -1,33 +1,26 @@
 """The benchmark of data loading runs at a small size, checks what the arms deliver, and writes its rows."""
 
-import importlib.util
 import json
 import math
 import os
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from benchmark_cases import FOLDER, load_benchmark
 from PIL import Image
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "data_loading.py"
+PATH = FOLDER / "data_loading.py"
 SMALL = ["--classes", "3", "--images", "6", "--batch", "2x3", "--size", "120x90", "--rounds", "2"]
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("data_loading_benchmark", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("data_loading")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,29 +1,20 @@
 """The benchmark of planning runs, writes real shard folders, and stops where a guarantee does not hold."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from benchmark_cases import load_benchmark
 
 from gcahng.data.plans.class_table import ClassTable
 from gcahng.data.shards.reader import ShardSet
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "planning.py"
-
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("planning_benchmark", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("planning")
 
 
 def test_rows_of_a_small_set(benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

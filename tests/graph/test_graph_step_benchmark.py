@@ -1,29 +1,20 @@
 """The benchmark of the graph step runs, compares equal losses, and refuses what it cannot measure."""
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from benchmark_cases import load_benchmark
 
 from gcahng.graph import reference
-
-PATH = Path(__file__).parents[2] / "benchmarks" / "graph_step.py"
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("graph_step_benchmark", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("graph_step")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
