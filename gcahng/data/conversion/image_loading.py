@@ -1,17 +1,15 @@
 """Loads and checks the images of a source, in this process or in several, always in order."""
 
-import signal
-import threading
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context, parent_process
-from os import _exit
+from multiprocessing import get_context
 
 from gcahng.data.conversion.image_file import EncodeSettings, as_member
+from gcahng.data.pool_worker import follow_parent
 from gcahng.data.sources.source import Fault, Source, SourceItem
 from gcahng.errors import DataError
 
@@ -80,16 +78,7 @@ _worker_encode: EncodeSettings | None = None
 def _start_worker(source: Source, encode: EncodeSettings | None) -> None:
     global _worker_source, _worker_encode
     _worker_source, _worker_encode = source, encode
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """Without this, workers of a killed conversion would wait for work for ever."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        _exit(1)
+    follow_parent()
 
 
 def _load_chunk(items: Sequence[SourceItem]) -> list[Loaded | Fault]:

@@ -1,21 +1,20 @@
 """Checks everything that a shard folder holds against everything that is known of it, and lists all faults."""
 
 import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gcahng.data.pool_worker import follow_parent
 from gcahng.data.shards.class_list import ClassList, load_classes
 from gcahng.data.shards.index import key_text
 from gcahng.data.shards.manifest import (
@@ -302,7 +301,7 @@ def _tar_reports(
         yield from map(check, manifest.shards)
         return
     # Spawned, not forked: the caller may have threads, and a fork copies their locks.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), follow_parent)
     try:
         yield from pool.map(check, manifest.shards)
     except BrokenProcessPool:
@@ -311,16 +310,3 @@ def _tar_reports(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Without this, the workers of a killed process would wait for work for ever."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -218,3 +218,9 @@ def test_hash_blocks_cover_the_whole_tar(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(reader, "_HASH_BLOCK", 1000)
     write_shards(tmp_path / "set", samples_of("train", "bird", 3, 0) + samples_of("train", "wren", 3, 9))
     ShardSet.open(tmp_path / "set", verify=True)
+    tar = sorted((tmp_path / "set").glob("*.tar"))[-1]
+    whole = tar.read_bytes()
+    for place in (0, 999, 1000, len(whole) - 1):
+        tar.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(DataError, match="is damaged: expected sha256"):
+            ShardSet.open(tmp_path / "set", verify=True)
