@@ -19,7 +19,7 @@ from gcahng.generation.block_losses import (
 )
 from gcahng.generation.block_synthesis import BatchSynthesis, class_major_plan
 from gcahng.graph import Coefficients, GraphNetwork, GraphOutput, PairPlan
-from gcahng.graph.edge_stage import dense, pair_products, unit_centred
+from gcahng.graph.features import unit_centred
 from gcahng.training.averages import EpochAverages
 from gcahng.training.backend import PlainBackend
 from gcahng.training.config_schema import OptimizerConfig

@@ -11,18 +11,8 @@ from torch import Tensor
 
 from gcahng.generation.fusion import fusion_shares
 from gcahng.generation.interpolation import Interpolation, distance, positive_distances, way_shares
-from gcahng.graph import Coefficients, PairPlan, TableCoefficients, block_classes, pair_plan
-
-
-def class_major_plan(
-    num_classes: int,
-    num_samples: int,
-    device: torch.device | str = "cpu",
-    share: tuple[int, int] = (0, 1),
-) -> PairPlan:
-    """A plan for a group-major batch whose blocks hold whole classes, so that fusion stays inside a block."""
-    order = torch.arange(num_classes * num_samples, device=device).view(num_samples, num_classes).T.reshape(-1)
-    return pair_plan(order, block_classes(num_classes, num_samples) * num_samples, share=share)
+from gcahng.graph import Coefficients, PairPlan, TableCoefficients
+from gcahng.graph.pairs import class_major_plan
 
 
 def single_coefficients(plan: PairPlan, like: Tensor) -> TableCoefficients:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gcahng.graph.edge_update import BlockWeights, UpdateRule
 from gcahng.graph.precision import linear, product
 
 
@@ -58,10 +59,6 @@ class NodeBlock(nn.Module):
         self.ffn_in = nn.Linear(dim, 4 * dim)
         self.ffn_out = nn.Linear(4 * dim, dim)
         self.norm = Norm(dim, gelu=gelu_norm)
-
-    def edge_message(self, edges: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """What each edge adds to its end nodes: GELU(Linear(e)), same shape as `edges` (..., D)."""
-        return F.gelu(linear(edges, self.edge_to_node, dtype))
 
     def project(self, h: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (H, B, D/H)."""
@@ -127,10 +124,21 @@ class EdgeBlock(nn.Module):
         offset = key @ self.query.bias + 0.0 * self.key.bias.sum()
         return direction, offset, linear(nodes, self.value, dtype)
 
-    def feed_forward(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """norm(FFN(x) + x) on (..., D), FFN = Linear -> GELU -> LayerNorm(4D) -> Linear."""
-        hidden = self.ffn_norm(F.gelu(linear(x, self.ffn_in, dtype)))
-        return self.norm(linear(hidden, self.ffn_out, dtype) + x)
+    def weights(self) -> BlockWeights:
+        """The weights behind the attention, the hidden LayerNorm folded into the Linear that follows it.
+
+        Linear(LayerNorm(h)) = ((W diag(g)) (h - mean)) rstd + (W beta + b). With the columns of W diag(g) centred over
+        the hidden channels the mean needs no subtraction.
+        """
+        norm, hidden = self.norm.layer_norm, self.ffn_norm
+        folded = self.ffn_out.weight * hidden.weight
+        folded = folded - folded.mean(1, keepdim=True)
+        shift = self.ffn_out.weight @ hidden.bias + self.ffn_out.bias
+        return BlockWeights(norm.weight, norm.bias, self.ffn_in.weight, self.ffn_in.bias, folded, shift)
+
+    def rule(self, layer: int, *, moments: bool) -> UpdateRule:
+        """Its constants."""
+        return UpdateRule(layer, self.norm.gelu, self.norm.layer_norm.eps, self.ffn_norm.eps, moments)
 
 
 def frozen_bias_batch_norm(dim: int) -> nn.BatchNorm1d:

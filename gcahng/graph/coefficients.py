@@ -1,55 +1,75 @@
-"""Pull coefficients of a batch, block by block, whichever backend made them."""
+"""Pull coefficients of a batch, block by block, whichever backend made them.
 
-from collections.abc import Iterator
+Letters: B samples, D channels; n block pairs of b x b edges.
+"""
+
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from gcahng.graph.edge_stage import dense
+from gcahng.graph.edge_layout import EdgeLayout
 from gcahng.graph.pairs import PairPlan
-
-
-@dataclass(frozen=True)
-class OrderedBlocks:
-    """Coefficients of n blocks of anchors with n blocks of negatives.
-
-    Attributes:
-        anchors, negatives: (n,) int64 block numbers of the plan.
-        values: (n, b, b, D); entry [k, i, j] belongs to anchor i of block anchors[k], negative j of negatives[k].
-    """
-
-    anchors: Tensor
-    negatives: Tensor
-    values: Tensor
+from gcahng.graph.read_out import ReadOut
 
 
 @dataclass(frozen=True)
 class PairCoefficients:
-    """Symmetric coefficients, stored once per unordered block pair.
+    """Coefficients with gradient (the generation pass): still inside the edge buffer, read out chunk by chunk.
 
     Attributes:
-        plan: The block pairs of this process.
-        chunks: One (n, b, b, D) tensor per chunk of the plan.
+        read_out: How to get them.
     """
 
-    plan: PairPlan
-    chunks: list[Tensor]
+    read_out: ReadOut
 
-    def ordered(self) -> Iterator[OrderedBlocks]:
-        """Every ordered block pair of this process, each once."""
-        for number, swapped in self.plan.ordered():
-            chunk, values = self.plan.chunks[number], self.chunks[number]
-            if swapped:
-                yield OrderedBlocks(chunk.second, chunk.first, values.transpose(1, 2))
-            else:
-                yield OrderedBlocks(chunk.first, chunk.second, values)
+    @property
+    def layout(self) -> EdgeLayout:
+        return self.read_out.layout
 
-    def detach(self) -> "PairCoefficients":
-        return PairCoefficients(self.plan, [c.detach() for c in self.chunks])
+    @property
+    def plan(self) -> PairPlan:
+        return self.layout.plan
+
+    def logits(self) -> Tensor:
+        """(rows, D) logits without bias, without gradient, in a new buffer."""
+        return self.read_out.fill(torch.empty_like(self.read_out.edges.raw))
+
+    @property
+    def bias(self) -> Tensor:
+        """(D,) that is added to every logit."""
+        return self.read_out.bias.detach()
+
+    def table(self) -> Tensor:
+        """(B, B, D) in the order of the samples, with gradient; the plan must list every pair."""
+        return dense(self.layout, self.read_out.rows())
+
+
+@dataclass(frozen=True)
+class ConstantCoefficients:
+    """Coefficients without gradient (the metric pass).
+
+    Attributes:
+        layout: Rows of the buffer.
+        buffer: (rows, D) logits without bias.
+        bias: (D,).
+    """
+
+    layout: EdgeLayout
+    buffer: Tensor
+    bias: Tensor
+
+    @property
+    def plan(self) -> PairPlan:
+        return self.layout.plan
+
+    def logits(self) -> Tensor:
+        """(rows, D) logits without bias; the buffer itself."""
+        return self.buffer
 
     def table(self) -> Tensor:
         """(B, B, D) in the order of the samples; the plan must list every pair."""
-        return dense(self.chunks, self.plan)
+        return dense(self.layout, torch.sigmoid(self.buffer.to(self.bias.dtype) + self.bias))
 
 
 @dataclass(frozen=True)
@@ -58,30 +78,47 @@ class TableCoefficients:
 
     Attributes:
         plan: The block pairs of this process.
-        values: (B, B, D), entry [i, j] for anchor i and negative j; (1, 1, 1) ones for "no graph".
+        values: (B, B, D), entry [i, j] for anchor i and negative j.
     """
 
     plan: PairPlan
     values: Tensor
-
-    def ordered(self) -> Iterator[OrderedBlocks]:
-        """Every ordered block pair of this process, each once."""
-        samples = self.plan.order.view(self.plan.num_blocks, self.plan.block_size)
-        for number, swapped in self.plan.ordered():
-            chunk = self.plan.chunks[number]
-            anchors, negatives = (chunk.second, chunk.first) if swapped else (chunk.first, chunk.second)
-            if self.values.shape[0] == 1:
-                yield OrderedBlocks(anchors, negatives, self.values[None])
-                continue
-            rows, columns = samples[anchors][:, :, None], samples[negatives][:, None, :]
-            yield OrderedBlocks(anchors, negatives, self.values[rows, columns])
-
-    def detach(self) -> "TableCoefficients":
-        return TableCoefficients(self.plan, self.values.detach())
 
     def table(self) -> Tensor:
         """(B, B, D) in the order of the samples."""
         return self.values
 
 
-Coefficients = PairCoefficients | TableCoefficients
+@dataclass(frozen=True)
+class UnitCoefficients:
+    """Coefficient 1 for every pair and channel: interpolation without a graph.
+
+    Attributes:
+        layout: The block pairs.
+    """
+
+    layout: EdgeLayout
+
+    @property
+    def plan(self) -> PairPlan:
+        return self.layout.plan
+
+
+Coefficients = PairCoefficients | ConstantCoefficients | TableCoefficients | UnitCoefficients
+
+
+def dense(layout: EdgeLayout, buffer: Tensor) -> Tensor:
+    """The rows of a plan that lists every pair as one (B, B, D) tensor in the order of the samples."""
+    plan = layout.plan
+    b, blocks = plan.block_size, plan.num_blocks
+    table = buffer.new_zeros(blocks, blocks, b, b, buffer.shape[-1])
+    for part in layout.parts:
+        forward, backward = layout.directions(part, buffer)
+        table = table.index_put((part.chunk.first, part.chunk.second), forward)
+        if backward is not None:
+            table = table.index_put((part.chunk.second, part.chunk.first), backward.transpose(1, 2))
+    positions = blocks * b
+    table = table.transpose(1, 2).reshape(positions, positions, -1)[: plan.batch_size, : plan.batch_size]
+    place = torch.empty_like(plan.order[: plan.batch_size])
+    place[plan.order[: plan.batch_size]] = torch.arange(plan.batch_size, device=place.device)
+    return table[place][:, place]

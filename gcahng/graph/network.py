@@ -12,16 +12,34 @@ import torch
 from torch import Tensor, nn
 
 from gcahng.errors import InputError
-from gcahng.graph import edge_stage, reference
+from gcahng.graph import reference
 from gcahng.graph.blocks import EdgeBlock, NodeBlock, frozen_bias_batch_norm
-from gcahng.graph.coefficients import Coefficients, PairCoefficients, TableCoefficients
+from gcahng.graph.coefficients import (
+    Coefficients,
+    ConstantCoefficients,
+    PairCoefficients,
+    TableCoefficients,
+    UnitCoefficients,
+)
 from gcahng.graph.dropout import EdgeDropout
+from gcahng.graph.edge_layout import EdgeLayout, edge_layout
+from gcahng.graph.edge_messages import EdgePass, edge_to_node_sums
+from gcahng.graph.edge_moments import EdgeMoments
+from gcahng.graph.edge_source import EdgeSource, ProductEdges, StoredEdges
+from gcahng.graph.edge_update import EndTerms, update_edges
+from gcahng.graph.features import unit_centred
+from gcahng.graph.kernels import EagerKernels
 from gcahng.graph.pairs import PairPlan, block_classes, pair_plan
 from gcahng.graph.precision import autocast_dtype, linear
-from gcahng.graph.read_out import running_statistics, update_running
+from gcahng.graph.read_out import ReadOut, running_statistics, update_running
 from gcahng.layout import check_embeddings, check_labels
 
 log = logging.getLogger(__name__)
+
+# The batch size of the papers: `edge_aggregation="scaled"` makes every other act like it.
+REFERENCE_BATCH = 80
+# What an edge operation keeps for its backward pass instead of computing it again; D = 512 in float32: B up to 250.
+KEEP_BYTES = 256 << 20
 
 Reducer = Callable[[Tensor], Tensor]
 
@@ -47,6 +65,7 @@ class GraphOutput:
     def pull_coefficients(self) -> Tensor:
         """(B, B, D) in (0, 1): how far negative j keeps from anchor i, channel by channel."""
         assert self.coefficients is not None, "the graph was called with need_coefficients=False"
+        assert not isinstance(self.coefficients, UnitCoefficients)
         return self.coefficients.table()
 
 
@@ -78,10 +97,11 @@ class GraphNetwork(nn.Module):
         *,
         dropout: float = 0.1,
         edge_dropout: Literal["tied", "independent"] = "tied",
-        backend: Literal["auto", "pairs", "scatter"] = "auto",
+        backend: Literal["auto", "triton", "compiled", "eager", "scatter"] = "auto",
         norm: Literal["gelu_layer_norm", "layer_norm"] = "gelu_layer_norm",
         node_propagation: bool = True,
         edge_to_node: bool = True,
+        edge_aggregation: Literal["sum", "mean", "scaled"] = "sum",
     ) -> None:
         """
         Args:
@@ -96,18 +116,23 @@ class GraphNetwork(nn.Module):
             norm: "gelu_layer_norm" as released, "layer_norm" as the paper writes.
             node_propagation: False: no messages between nodes, an edge sees its two ends only.
             edge_to_node: False: no sum of edge messages into nodes (the paper's "Hadamard product addition").
+            edge_aggregation: How edge messages come together at a node: "sum" as released, which grows with B;
+                "mean"; "scaled": the sum times 80 / B, alike at every batch size.
         Raises:
             InputError: An argument is out of its range, or the backend cannot do what is asked.
         """
         super().__init__()
         _check_sizes(embedding_dim, num_classes, num_layers, num_heads, dropout)
-        _check_choices(edge_dropout, backend, norm, dropout)
+        _check_choices(edge_dropout, backend, norm)
         if edge_to_node and not node_propagation:
             log.info("edge_to_node has no effect without node_propagation: nodes receive nothing.")
         self.embedding_dim = embedding_dim
         self.dropout = dropout
         self.tied = edge_dropout == "tied"
-        self.backend = _choose_backend(backend, self.tied or dropout == 0)
+        self.backend = _choose_backend(backend)
+        self.edge_aggregation = edge_aggregation
+        self.kernels = EagerKernels()
+        self.keep_bytes = KEEP_BYTES
         gelu_norm = norm == "gelu_layer_norm"
         self.reduction = nn.Linear(embedding_dim, embedding_dim)
         self.node_blocks = nn.ModuleList(
@@ -189,36 +214,64 @@ class GraphNetwork(nn.Module):
         return GraphOutput(logits, coefficients)
 
     def _pairs(self, z: Tensor, labels: Tensor, call: _Pass) -> tuple[Tensor, Coefficients | None]:
+        plan = call.plan
         other_class = labels[:, None] != labels[None, :]
-        edges = edge_stage.pair_products(edge_stage.unit_centred(z), call.plan)
+        layout = edge_layout(plan, call.dropout, len(self.node_blocks))
+        edge_pass = EdgePass(layout, self.kernels, call.dtype, _storage(z, call.dtype), self.keep_bytes)
+        source: EdgeSource = ProductEdges(plan.positions(unit_centred(z)))
         h = linear(z, self.reduction, call.dtype)
         last = len(self.node_blocks) - 1
+        moments: EdgeMoments | None = None
         for layer, (node_block, edge_block) in enumerate(zip(self._nodes(), self._edges(), strict=True)):
             attended = node_block.attend(h, other_class, call.dtype) if node_block.attends else None
             message = None
             if node_block.sums_edges:
-                message = call.reduce(edge_stage.edge_to_node_sums(edges, call.plan, node_block, call.dtype))
+                summed = edge_to_node_sums(
+                    source, node_block.edge_to_node.weight, node_block.edge_to_node.bias, edge_pass
+                )
+                message = call.reduce(summed) * self._aggregation_factor(plan)
             h = node_block.update(h, attended, message, call.dtype)
             if layer == last and not call.need_coefficients:
                 return h, None
             gradient = torch.is_grad_enabled() and (call.coefficient_gradient or layer < last)
             with torch.set_grad_enabled(gradient):
-                edges = edge_stage.update_edges(
-                    edges, h, call.plan, edge_block, layer=layer, dropout=call.dropout, dtype=call.dtype
-                )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and call.coefficient_gradient):
-            mean, variance = self._edge_statistics(edges, call.plan, call.reduce)
-            values = edge_stage.read_out(edges, mean, variance, self.edge_norm, self.edge_out, call.dtype)
-        return h, PairCoefficients(call.plan, values)
+                terms = EndTerms(*(plan.positions(t) for t in edge_block.end_node_terms(h, call.dtype)))
+                rule = edge_block.rule(layer, moments=layer == last and self.training)
+                raw, moments = update_edges(source, terms, edge_block.weights(), rule, edge_pass)
+            norm = edge_block.norm.layer_norm
+            source = StoredEdges(raw, norm.weight, norm.bias, edge_block.norm.gelu, norm.eps, self.kernels)
+        assert isinstance(source, StoredEdges)
+        return h, self._coefficients(layout, source, moments, call)
 
-    def _edge_statistics(self, edges: list[Tensor], plan: PairPlan, reduce: Reducer) -> tuple[Tensor, Tensor]:
-        if not self.training:
-            return running_statistics(self.edge_norm)
-        count = plan.batch_size**2
-        mean = reduce(edge_stage.edge_sum(edges, plan)) / count
-        variance = reduce(edge_stage.edge_square_sum(edges, mean, plan)) / count
-        update_running(self.edge_norm, mean, variance, count)
+    def _coefficients(
+        self, layout: EdgeLayout, edges: StoredEdges, moments: EdgeMoments | None, call: _Pass
+    ) -> PairCoefficients | ConstantCoefficients:
+        mean, variance = self._edge_statistics(layout.plan, moments, call.reduce)
+        norm, out = self.edge_norm, self.edge_out
+        read_out = ReadOut(
+            layout, edges, mean, variance, self.training, norm.weight, norm.eps, out.weight, out.bias, call.dtype
+        )
+        if call.coefficient_gradient and torch.is_grad_enabled():
+            return PairCoefficients(read_out)
+        # Nobody needs the edges any more: the logits take their place.
+        return ConstantCoefficients(layout, read_out.fill(edges.raw.detach()), out.bias.detach())
+
+    def _edge_statistics(self, plan: PairPlan, moments: EdgeMoments | None, reduce: Reducer) -> tuple[Tensor, Tensor]:
+        if moments is None:
+            mean, variance = running_statistics(self.edge_norm)
+            return mean.clone(), variance.clone()
+        mean, variance = moments.over(reduce, plan.edge_count)
+        update_running(self.edge_norm, mean, variance, plan.edge_count)
         return mean, variance
+
+    def _aggregation_factor(self, plan: PairPlan) -> Tensor | float:
+        """What the edge-to-node sums are multiplied by: one number, or (B, 1)."""
+        if self.edge_aggregation == "sum":
+            return 1.0
+        size = 1.0 if self.edge_aggregation == "mean" else REFERENCE_BATCH
+        if plan.degree is None:
+            return size / plan.batch_size
+        return (size / plan.degree.to(self.reduction.weight.dtype))[:, None]
 
     def _scatter(self, z: Tensor, labels: Tensor, call: _Pass) -> tuple[Tensor, Coefficients | None]:
         # The oracle computes every edge itself (nothing to reduce) and leaves precision to autocast, as released.
@@ -254,6 +307,11 @@ class GraphNetwork(nn.Module):
             )
 
 
+def _storage(z: Tensor, low: torch.dtype | None) -> torch.dtype:
+    """Dtype of the edge buffer: where memory is scarce, that of the matrix products."""
+    return z.dtype if low is None or z.device.type == "cpu" else low
+
+
 def _check_sizes(dim: int, num_classes: int, num_layers: int, num_heads: int, dropout: float) -> None:
     for value, name in (
         (dim, "embedding_dim"),
@@ -269,28 +327,15 @@ def _check_sizes(dim: int, num_classes: int, num_layers: int, num_heads: int, dr
         raise InputError(f"`dropout` must lie in [0, 1): got {dropout}.")
 
 
-def _check_choices(edge_dropout: str, backend: str, norm: str, dropout: float) -> None:
+def _check_choices(edge_dropout: str, backend: str, norm: str) -> None:
     for value, known, name in (
         (edge_dropout, ("tied", "independent"), "edge_dropout"),
-        (backend, ("auto", "pairs", "scatter"), "backend"),
+        (backend, ("auto", "triton", "compiled", "eager", "scatter"), "backend"),
         (norm, ("gelu_layer_norm", "layer_norm"), "norm"),
     ):
         if value not in known:
             raise InputError(f"`{name}` must be one of {', '.join(known)}: got {value!r}.")
-    if backend == "pairs" and edge_dropout == "independent" and dropout > 0:
-        raise InputError(
-            "`backend` 'pairs' computes each unordered pair once and needs edge_dropout 'tied': got "
-            "'independent'. Use backend 'scatter' or 'auto'."
-        )
 
 
-def _choose_backend(backend: str, symmetric: bool) -> str:
-    if backend != "auto":
-        return backend
-    chosen = "pairs" if symmetric else "scatter"
-    if not symmetric:
-        log.warning(
-            "graph.backend auto: 'scatter', since edge_dropout 'independent' tells the directions of a pair apart; "
-            "expect about 2.5 times the time of 'pairs'."
-        )
-    return chosen
+def _choose_backend(backend: str) -> str:
+    return "eager" if backend == "auto" else backend

@@ -1,37 +1,66 @@
 """Unordered pairs of node blocks: the shape in which the edge stage does its work.
 
-Without dropout that tells the directions apart, e_ij = e_ji at every layer, so half of the B² edges suffice. The B
-nodes are cut into blocks of b; a *block pair* (I <= J) is the b x b edges between two blocks. Gathers then become
-broadcasts and node sums plain sums. Diagonal pairs (I = J) hold all b² ordered edges of the block.
+Where nothing tells the directions apart, e_ij = e_ji at every layer, so half of the B² edges suffice. The B nodes are
+cut into blocks of b; a *block pair* (I <= J) is the b x b edges between two blocks. Gathers then become broadcasts and
+node sums plain sums. Diagonal pairs (I = J) hold all b² ordered edges of the block.
 
-A plan lists the block pairs of one process. Sums over all edges are partial sums over the listed pairs that the
-caller adds up over the processes (the `reduce` argument of the graph network).
+A plan lists the block pairs of one process, in chunks that are computed together. Edge values of all chunks lie in one
+*edge buffer*, (rows, D), chunk after chunk. Sums over all edges are partial sums over the listed pairs that the caller
+adds up over the processes (the `reduce` argument of the graph network). A plan need not list every pair: then the
+graph is sparse, and every sum and mean is over the edges listed by all processes together.
 
 Shapes: n block pairs, b nodes per block, D channels.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-# Edges per chunk: the 4D-wide hidden layer of 1024 edges at D = 512 is 8 MB in float32, which stays in cache.
-EDGES_PER_CHUNK = 1024
+from gcahng.graph.block_sums import add_blocks
+
+# Edges per chunk. CPU: the 4D-wide hidden layer of 1024 edges at D = 512 is 8 MB in float32, which stays in cache.
+EDGES_PER_CHUNK = {"cpu": 1024}
+EDGES_PER_CHUNK_ELSEWHERE = 8192
+# CUDA: nodes per block, so that gathers and node sums are small beside the edges.
+BLOCK_ELSEWHERE = 16
 
 
 @dataclass(frozen=True)
 class PairChunk:
-    """Some block pairs that are computed together, all diagonal or none.
+    """Some block pairs that are computed together.
 
     Attributes:
-        first, second: (n,) int64 block numbers, first <= second.
-        diagonal: True if first == second throughout.
+        first, second: (n,) int64 block numbers.
+        block_size: b.
+        start: Row of the edge buffer where the chunk begins; row start + (k b + i) b + j holds the edge of anchor i of
+            block first[k] and node j of block second[k].
+        mirrored: Each row stands for the reverse edge as well. Diagonal chunks are not mirrored.
     """
 
     first: Tensor
     second: Tensor
-    diagonal: bool
+    block_size: int
+    start: int
+    mirrored: bool
+
+    @property
+    def num_rows(self) -> int:
+        return self.first.numel() * self.block_size**2
+
+    @property
+    def rows(self) -> slice:
+        """Its rows of the edge buffer."""
+        return slice(self.start, self.start + self.num_rows)
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """Its rows as (n, b, b, ...), a view."""
+        return self.of_rows(buffer[self.rows])
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """(R, ...) values of its rows as (n, b, b, ...), a view."""
+        return values.view(-1, self.block_size, self.block_size, *values.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -44,6 +73,9 @@ class PairPlan:
         order: (num_blocks * b,) int64 sample number at each block position; padding repeats sample 0.
         valid: (num_blocks * b,) bool, False at padding; None if there is no padding.
         chunks: The block pairs.
+        share: (process, number of processes).
+        edge_count: Ordered edges of all processes together; B² for a dense graph.
+        degree: (B,) edges of each node as an anchor, its own included; None for B of each.
     """
 
     batch_size: int
@@ -51,70 +83,71 @@ class PairPlan:
     order: Tensor
     valid: Tensor | None
     chunks: tuple[PairChunk, ...]
+    share: tuple[int, int]
+    edge_count: int
+    degree: Tensor | None = None
 
     @property
     def num_blocks(self) -> int:
         return self.order.numel() // self.block_size
 
-    def blocks(self, x: Tensor) -> Tensor:
-        """(B, ...) per-sample values as (num_blocks, b, ...)."""
-        return x[self.order].view(self.num_blocks, self.block_size, *x.shape[1:])
+    @property
+    def num_rows(self) -> int:
+        """Rows of the edge buffer."""
+        return sum(chunk.num_rows for chunk in self.chunks)
 
-    def valid_blocks(self, dtype: torch.dtype) -> Tensor | None:
-        """(num_blocks, b) ones, zero at padding; None if there is no padding."""
-        return None if self.valid is None else self.valid.to(dtype).view(self.num_blocks, self.block_size)
+    @property
+    def dense(self) -> bool:
+        """Whether all processes together list every pair."""
+        return self.degree is None
+
+    def positions(self, x: Tensor) -> Tensor:
+        """(B, ...) per-sample values by block position: (num_blocks * b, ...)."""
+        return x[self.order]
 
     def samples(self, positions: Tensor) -> Tensor:
-        """(num_blocks, b, ...) sums per block position as (B, ...) sums per sample; padding is left out."""
-        flat = positions.reshape(self.order.numel(), *positions.shape[2:])
-        order = self.order
+        """(num_blocks * b, ...) sums per block position as (B, ...) sums per sample; padding is left out."""
+        flat, order = positions, self.order
         if self.valid is not None:
-            flat, order = flat[self.valid], order[self.valid]
+            # Padding stands at the end.
+            flat, order = flat[: self.batch_size], order[: self.batch_size]
         return flat.new_zeros(self.batch_size, *flat.shape[1:]).index_copy(0, order, flat)
 
-    def edge_total(self, chunk: PairChunk, edges: Tensor) -> Tensor:
-        """Sum over the ordered edges that a chunk's (n, b, b, D) symmetric values stand for: (D,)."""
-        count = 1.0 if chunk.diagonal else 2.0
-        valid = self.valid_blocks(edges.dtype)
-        if valid is not None:
-            edges = edges * (valid[chunk.first][:, :, None] * valid[chunk.second][:, None, :])[..., None]
-        return count * edges.sum((0, 1, 2))
-
-    def sum_to_nodes(self, chunk: PairChunk, edges: Tensor, into: Tensor) -> Tensor:
-        """Add every ordered edge (i, j) of the chunk to node i.
-
-        Args:
-            edges: (n, b, b, ...) symmetric edge values.
-            into: (num_blocks, b, ...) sums so far.
-        """
-        valid = self.valid_blocks(edges.dtype)
-        extra = (1,) * (edges.dim() - 3)
-        by_first, by_second = edges, edges
-        if valid is not None:
-            by_first = edges * valid[chunk.second].view(-1, 1, self.block_size, *extra)
-            by_second = edges * valid[chunk.first].view(-1, self.block_size, 1, *extra)
-        into = into.index_add(0, chunk.first, by_first.sum(2))
-        return into if chunk.diagonal else into.index_add(0, chunk.second, by_second.sum(1))
-
-    def ordered(self) -> Iterator[tuple[int, bool]]:
-        """(chunk number, swapped): each chunk as anchors = first blocks, off-diagonal ones also the other way."""
-        for number, chunk in enumerate(self.chunks):
-            yield number, False
-            if not chunk.diagonal:
-                yield number, True
+    def valid_ends(self, chunk: PairChunk, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """(n, b) ones for the chunk's first and second nodes, zero at padding; None if there is no padding."""
+        if self.valid is None:
+            return None
+        return ends(self.valid.to(dtype), chunk)
 
 
-def block_classes(num_classes: int, num_samples: int) -> int:
+def ends(positions: Tensor, chunk: PairChunk) -> tuple[Tensor, Tensor]:
+    """Per-position values (num_positions, ...) of the chunk's first and second nodes: two (n, b, ...)."""
+    blocks = positions.view(-1, chunk.block_size, *positions.shape[1:])
+    return blocks[chunk.first], blocks[chunk.second]
+
+
+def add_ends(into: Tensor, chunk: PairChunk, first: Tensor | None, second: Tensor | None) -> None:
+    """Add (n, b, ...) values of first and second nodes to per-position sums (num_positions, ...), in place."""
+    blocks = into.view(-1, chunk.block_size, *into.shape[1:])
+    if first is not None:
+        add_blocks(blocks, chunk.first, first)
+    if second is not None:
+        add_blocks(blocks, chunk.second, second)
+
+
+def block_classes(num_classes: int, num_samples: int, device_type: str = "cpu") -> int:
     """Classes per node block: the number that makes the edge stage cheapest.
 
     Counts the edges computed (diagonal blocks hold each pair twice, padded classes are wasted) and charges the
-    per-block gathers and sums as two more edges per block row.
+    per-block gathers and sums as a share of an edge per block row (measured on CPU).
     """
+    if device_type != "cpu":
+        return max(1, min(num_classes, BLOCK_ELSEWHERE // num_samples))
 
     def cost(classes: int) -> float:
         b = classes * num_samples
         blocks = -(-num_classes // classes)
-        return blocks * (blocks + 1) / 2 * b * (b + 2)
+        return blocks * (blocks + 1) / 2 * b * (b + 0.25)
 
     return min(range(1, min(num_classes, 32) + 1), key=cost)
 
@@ -124,7 +157,7 @@ def pair_plan(
     block_size: int,
     *,
     share: tuple[int, int] = (0, 1),
-    edges_per_chunk: int = EDGES_PER_CHUNK,
+    edges_per_chunk: int | None = None,
 ) -> PairPlan:
     """Cut the samples, taken in `order`, into blocks and list the block pairs of one process.
 
@@ -134,25 +167,65 @@ def pair_plan(
         block_size: b; the last block is padded.
         share: (process, number of processes): every process takes each n-th of the diagonal and of the other pairs,
             so that the numbers of pairs differ by one at most.
-        edges_per_chunk: Bound on n * b * b of a chunk (at least one block pair).
+        edges_per_chunk: Bound on n * b * b of a chunk (at least one block pair); by default what suits the device.
     """
     batch_size = order.numel()
     num_blocks = -(-batch_size // block_size)
-    padding = num_blocks * block_size - batch_size
-    valid = None
-    if padding:
-        valid = torch.arange(num_blocks * block_size, device=order.device) < batch_size
-        order = torch.cat([order, order[:1].expand(padding)])
     rank, ranks = share
     first, second = torch.triu_indices(num_blocks, num_blocks, offset=1, device=order.device)[:, rank::ranks]
     # Dealt to the processes in the opposite order, so that who has one off-diagonal pair more is not who has one
     # diagonal pair more.
     diagonal = torch.arange(num_blocks, device=order.device)[ranks - 1 - rank :: ranks]
+    chunks = chunked(diagonal, first, second, block_size, edges_per_chunk)
+    order, valid = padded(order, block_size)
+    return PairPlan(batch_size, block_size, order, valid, chunks, share, batch_size**2)
+
+
+def padded(order: Tensor, block_size: int) -> tuple[Tensor, Tensor | None]:
+    """`order` filled up to whole blocks with its first sample, and which positions are no padding."""
+    size = order.numel()
+    padding = -size % block_size
+    if not padding:
+        return order, None
+    valid = torch.arange(size + padding, device=order.device) < size
+    return torch.cat([order, order[:1].expand(padding)]), valid
+
+
+def chunked(
+    diagonal: Tensor, first: Tensor, second: Tensor, block_size: int, edges_per_chunk: int | None = None
+) -> tuple[PairChunk, ...]:
+    """Diagonal blocks and pairs of different blocks as chunks.
+
+    Args:
+        diagonal: (d,) int64 block numbers.
+        first, second: (n,) int64 block numbers of each other pair.
+        block_size: b.
+        edges_per_chunk: As in `pair_plan`.
+    """
+    if edges_per_chunk is None:
+        edges_per_chunk = EDGES_PER_CHUNK.get(diagonal.device.type, EDGES_PER_CHUNK_ELSEWHERE)
     per_chunk = max(1, edges_per_chunk // block_size**2)
-    chunks = [PairChunk(d, d, True) for d in diagonal.split(per_chunk) if d.numel()]
-    pieces = zip(first.split(per_chunk), second.split(per_chunk), strict=True)
-    chunks += [PairChunk(i, j, False) for i, j in pieces if i.numel()]
-    if not chunks:
+    pieces = [(d, d, False) for d in diagonal.split(per_chunk) if d.numel()]
+    pairs = zip(first.split(per_chunk), second.split(per_chunk), strict=True)
+    pieces += [(i, j, True) for i, j in pairs if i.numel()]
+    if not pieces:
         # More processes than pairs: an empty chunk, whose sums are zeros of the right shape.
-        chunks = [PairChunk(diagonal, diagonal, True)]
-    return PairPlan(batch_size, block_size, order, valid, tuple(chunks))
+        pieces = [(diagonal, diagonal, False)]
+    chunks, start = [], 0
+    for i, j, mirrored in pieces:
+        chunks.append(PairChunk(i, j, block_size, start, mirrored))
+        start += chunks[-1].num_rows
+    return tuple(chunks)
+
+
+@lru_cache(maxsize=16)
+def class_major_plan(
+    num_classes: int, num_samples: int, device: torch.device | str = "cpu", share: tuple[int, int] = (0, 1)
+) -> PairPlan:
+    """A plan for a group-major batch whose blocks hold whole classes, so that fusion stays inside a block.
+
+    Plans are kept: the next step of the same shape takes the same one.
+    """
+    device = torch.device(device)
+    order = torch.arange(num_classes * num_samples, device=device).view(num_samples, num_classes).T.reshape(-1)
+    return pair_plan(order, block_classes(num_classes, num_samples, device.type) * num_samples, share=share)

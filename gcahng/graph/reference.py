@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from gcahng.graph.blocks import EdgeBlock, NodeBlock
 from gcahng.graph.dropout import EdgeDropout
-from gcahng.graph.edge_stage import unit_centred
+from gcahng.graph.features import unit_centred
 
 log = logging.getLogger(__name__)
 

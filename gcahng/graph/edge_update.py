@@ -1,0 +1,275 @@
+"""One edge block as one differentiable operation over chunks of pairs (method section 4, edge block).
+
+Kept for the backward pass: the input and output buffers, two numbers per row, and as much of the hidden layer as fits
+into `keep_bytes`; everything else is computed again, chunk by chunk.
+
+Shapes: num_positions nodes by block position, D channels, F = 4 D hidden channels, rows of the edge buffer.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gcahng.graph.edge_messages import EdgePass, accumulate_product
+from gcahng.graph.edge_moments import EdgeMoments
+from gcahng.graph.edge_source import EdgeSource, ProductEdges
+from gcahng.graph.kernels import HiddenWeights, NormWeights
+from gcahng.graph.kernels.eager import lowered
+from gcahng.graph.pairs import PairChunk, add_ends, ends
+
+
+@dataclass(frozen=True)
+class EndTerms:
+    """What an edge needs of its end nodes, by block position (see `EdgeBlock.end_node_terms`).
+
+    Attributes:
+        direction: (num_positions, D), score direction u.
+        offset: (num_positions,), score offset c.
+        value: (num_positions, D), value v.
+    """
+
+    direction: Tensor
+    offset: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """Weights of an edge block's later half.
+
+    Attributes:
+        norm_weight, norm_bias: (D,) of the norm, used before and after the feed-forward part.
+        weight_in, bias_in: (F, D), (F,).
+        weight_out, shift: (D, F), (D,); see `HiddenWeights`.
+    """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weight_in: Tensor
+    bias_in: Tensor
+    weight_out: Tensor
+    shift: Tensor
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """Constants of an edge block.
+
+    Attributes:
+        layer: Its number, a coordinate of the dropout masks.
+        gelu: Whether the norm has a GELU.
+        norm_eps, hidden_eps: Of the two LayerNorms.
+        moments: Whether the moments of the new edges are asked for.
+    """
+
+    layer: int
+    gelu: bool
+    norm_eps: float
+    hidden_eps: float
+    moments: bool
+
+
+def update_edges(
+    source: EdgeSource, terms: EndTerms, weights: BlockWeights, rule: UpdateRule, call: EdgePass
+) -> tuple[Tensor, EdgeMoments | None]:
+    """The edges after a block, before its last norm: raw = FFN(e') + e' with e' = norm(att + e).
+
+    Returns:
+        (rows, D) raw edges in `call.storage`; partial moments of norm(raw) over the ordered edges, if asked for, which
+        carry no gradient.
+    """
+    moments = EdgeMoments.zeros(weights.norm_weight) if rule.moments else None
+    raw = _Update.apply(
+        call,
+        source,
+        rule,
+        moments,
+        torch.is_grad_enabled(),
+        terms.direction,
+        terms.offset,
+        terms.value,
+        weights.norm_weight,
+        weights.norm_bias,
+        weights.weight_in,
+        weights.bias_in,
+        weights.weight_out,
+        weights.shift,
+        *source.tensors,
+    )
+    return raw, moments
+
+
+class _Chunk:
+    """Attention of one chunk, as both passes compute it."""
+
+    def __init__(
+        self, call: EdgePass, source: EdgeSource, rule: UpdateRule, terms: EndTerms, norm: NormWeights, chunk: PairChunk
+    ) -> None:
+        self.call, self.source, self.norm, self.chunk = call, source, norm, chunk
+        self.directions = ends(terms.direction, chunk)
+        offset = ends(terms.offset, chunk)
+        self.values = ends(terms.value, chunk)
+        self.edges: Tensor | None = None
+        if isinstance(source, ProductEdges):
+            self.factors = source.factors(chunk)
+            first, second = self.factors
+            # sum_c x_i x_j (u_i - u_j), without the (b, b, D) product.
+            margin = torch.bmm(first * self.directions[0], second.mT) - torch.bmm(
+                first, (second * self.directions[1]).mT
+            )
+        else:
+            self.edges = source.values(chunk)
+            margin = (self.edges * (self.directions[0][:, :, None] - self.directions[1][:, None, :])).sum(-1)
+        margin = margin + offset[0][:, :, None] - offset[1][:, None, :]
+        self.share = torch.sigmoid(margin), torch.sigmoid(-margin)
+        self.keep = call.layout.keep_scales(chunk, rule.layer, margin.dtype)
+        self.weights = (
+            self.share
+            if self.keep is None
+            else (
+                self.share[0] * self.keep[0],
+                self.share[1] * self.keep[1],
+            )
+        )
+
+    def mix(self) -> Tensor:
+        """(R, D) edges after the attention and the first norm."""
+        if self.edges is None:
+            x = self.call.kernels.product_mix(self.factors, self.values, self.weights, self.norm)
+        else:
+            x = self.call.kernels.mix(self.edges, self.values, self.weights, self.norm)
+        return x.flatten(0, 2)
+
+
+class _Update(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: EdgePass,
+        source: EdgeSource,
+        rule: UpdateRule,
+        moments: EdgeMoments | None,
+        keep: bool,
+        *tensors: Tensor,
+    ) -> Tensor:
+        terms, weights, source_tensors = EndTerms(*tensors[:3]), BlockWeights(*tensors[3:9]), tensors[9:]
+        source = source.with_tensors(source_tensors)
+        norm, hidden = _norm(weights, rule), _hidden(weights, rule, call)
+        keep_inner = keep and call.keeps(weights.weight_in.shape[0], weights.weight_in)
+        raw = terms.value.new_empty((call.layout.num_rows, terms.value.shape[1]), dtype=call.storage)
+        rows: list[tuple[Tensor | None, Tensor, Tensor]] = []
+        for part in call.layout.all_rows():
+            x = _Chunk(call, source, rule, terms, norm, part.chunk).mix()
+            inner, h, mean, rstd = call.kernels.hidden(x, hidden, call.low)
+            y = (h @ hidden.weight_out.t()).to(x.dtype)
+            del h
+            y = y.mul_(rstd).add_(weights.shift).add_(x)
+            raw[part.chunk.rows] = y
+            if moments is not None:
+                moments.add(call.kernels.normalise(y, norm), call.layout.weights(part, y.dtype))
+            if keep:
+                rows.append((inner if keep_inner else None, mean, rstd))
+        ctx.call, ctx.source, ctx.rule, ctx.rows = call, source, rule, rows
+        ctx.save_for_backward(raw, *tensors)
+        return raw
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (grad_raw,) = grads
+        raw, *tensors = ctx.saved_tensors
+        call: EdgePass = ctx.call
+        rule: UpdateRule = ctx.rule
+        terms, weights = EndTerms(*tensors[:3]), BlockWeights(*tensors[3:9])
+        source: EdgeSource = ctx.source.with_tensors(tuple(tensors[9:]))
+        norm, hidden = _norm(weights, rule), _hidden(weights, rule, call)
+        found_terms = EndTerms(*(torch.zeros_like(t) for t in tensors[:3]))
+        found = BlockWeights(*(torch.zeros_like(t) for t in tensors[3:9]))
+        collected = source.gradient(any(ctx.needs_input_grad[14:]))
+        for part, kept in zip(call.layout.all_rows(), ctx.rows, strict=True):
+            work = _Chunk(call, source, rule, terms, norm, part.chunk)
+            x = work.mix()
+            rows = part.chunk.rows
+            grad = grad_raw[rows].to(x.dtype)
+            grad_x = _feed_forward_backward(x, raw[rows].to(x.dtype), grad, kept, hidden, call, found)
+            grad_edges = _attention_backward(work, grad_x, norm, found_terms, found)
+            if collected.needed:
+                collected.add(part.chunk, grad_edges)
+        ctx.rows = None
+        return (
+            *(None,) * 5,
+            found_terms.direction,
+            found_terms.offset,
+            found_terms.value,
+            found.norm_weight,
+            found.norm_bias,
+            found.weight_in,
+            found.bias_in,
+            found.weight_out,
+            found.shift,
+            *collected.results(),
+        )
+
+
+def _norm(weights: BlockWeights, rule: UpdateRule) -> NormWeights:
+    return NormWeights(weights.norm_weight, weights.norm_bias, rule.gelu, rule.norm_eps)
+
+
+def _hidden(weights: BlockWeights, rule: UpdateRule, call: EdgePass) -> HiddenWeights:
+    return HiddenWeights(
+        lowered(weights.weight_in, call.low),
+        weights.bias_in,
+        lowered(weights.weight_out, call.low),
+        weights.shift,
+        rule.hidden_eps,
+    )
+
+
+def _feed_forward_backward(
+    x: Tensor,
+    raw: Tensor,
+    grad: Tensor,
+    kept: tuple[Tensor | None, Tensor, Tensor],
+    hidden: HiddenWeights,
+    call: EdgePass,
+    found: BlockWeights,
+) -> Tensor:
+    """Gradient of x (R, D) from that of raw = FFN(x) + x; adds the weights' to `found`."""
+    inner, mean, rstd = kept
+    # raw - x - shift is the product with weight_out times rstd: what the variance acts on.
+    row = (grad * (raw - x - hidden.shift)).sum(1, keepdim=True) * rstd.square() / hidden.bias_in.numel()
+    scaled = lowered(grad * rstd, call.low)
+    grad_inner, h, grad_bias = call.kernels.hidden_backward(x, inner, scaled, row, mean, hidden, call.low)
+    accumulate_product(found.weight_out, scaled, h)
+    accumulate_product(found.weight_in, grad_inner, lowered(x, call.low))
+    found.bias_in.add_(grad_bias)
+    found.shift.add_(grad.sum(0))
+    return torch.addmm(grad, grad_inner, hidden.weight_in) if call.low is None else grad + grad_inner @ hidden.weight_in
+
+
+def _attention_backward(
+    work: _Chunk, grad: Tensor, norm: NormWeights, found_terms: EndTerms, found: BlockWeights
+) -> Tensor:
+    """Gradient of the edges (n, b, b, D) from that of the mixed ones (R, D); adds the nodes' to `found_terms`."""
+    chunk = work.chunk
+    edges = work.source.values(chunk) if work.edges is None else work.edges
+    back = work.call.kernels.mix_backward(edges, work.values, work.weights, norm, grad.view(edges.shape))
+    found.norm_weight.add_(back.norm_weight)
+    found.norm_bias.add_(back.norm_bias)
+    add_ends(found_terms.value, chunk, *back.values)
+    by_first, by_second = back.weights
+    if work.keep is not None:
+        by_first, by_second = by_first * work.keep[0], by_second * work.keep[1]
+    margin = (by_first - by_second) * work.share[0] * work.share[1]
+    add_ends(found_terms.offset, chunk, margin.sum(2), -margin.sum(1))
+    if work.edges is None:
+        first, second = work.factors
+        by_first, by_second = first * torch.bmm(margin, second), -second * torch.bmm(margin.mT, first)
+    else:
+        weighted = edges * margin[..., None]
+        by_first, by_second = weighted.sum(2), -weighted.sum(1)
+    add_ends(found_terms.direction, chunk, by_first, by_second)
+    slope = work.directions[0][:, :, None] - work.directions[1][:, None, :]
+    return back.edges.addcmul_(margin[..., None], slope)
