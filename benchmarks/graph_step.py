@@ -1,275 +1,311 @@
-"""Time of the graph's two passes in one training iteration: unordered pairs against the edge list.
+"""Time, memory and arithmetic of the graph's two passes in one training iteration, against the edge list.
 
     python benchmarks/graph_step.py [--device cpu|cuda] [--precision fp32|bf16] [--json FILE] [--sizes SIZE ...]
 
-One run = metric pass (node loss, synthetic-negative loss with constant coefficients) and generation pass
-(classification, similarity and diversity loss), each with its backward. Backbone and optimisers are left out. Three
-arms compute the same losses, which is checked first; their runs alternate, so that a busy machine slows all:
-
-- pairs: backend `pairs`;
-- edge list: backend `scatter`, which computes keys and values once per node;
-- edge list as released: the same with keys and values per edge, the arithmetic of the released code.
+One run = metric pass and generation pass with their losses, forward and backward; the embeddings are a leaf, backbone
+and optimisers are left out. Arms (see `graph_arms.py`): `ours`; `R0`, the edge list with the released code's
+arithmetic, in float32; `R1`, the same with TF32 (CUDA). That they compute the same losses and gradients is checked
+first; then their runs alternate, so that a busy machine slows all.
 """
 
 import argparse
-import json
-import math
-import re
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+import graph_memory
+import machine
 import torch
+from graph_arms import Arm, Problem, Size, arm_named
+from graph_classifier import classifier_work
+from report import Row, write_results, write_rows
 from torch import Tensor
-from torch.nn import functional as F
 
-from gcahng.generation import Interpolation
-from gcahng.generation.block_losses import (
-    coefficient_row_sums,
-    coefficient_spread,
-    generation_sums,
-    synthetic_scores,
-)
-from gcahng.generation.block_synthesis import BatchSynthesis, class_major_plan
-from gcahng.graph import Coefficients, GraphNetwork, reference
-from gcahng.graph.blocks import EdgeBlock
-from gcahng.graph.dropout import EdgeDropout
-from gcahng.graph.precision import autocast_dtype, product
-from gcahng.losses import diversity_from_spread, synthetic_loss_from_scores
-from gcahng.random import mixing_weights
-
-DEFAULT_SIZES = ("27x3-D512-L2-N100", "40x2-D512-L1-N100")
-# Losses of the arms, relative: float32 sums in another order; bfloat16 lowers other operands in each.
-AGREEMENT = {"fp32": 1e-4, "bf16": 4e-2}
+DEFAULT_SIZES = {
+    "cpu": ("27x3-D512-L2-N100", "40x2-D512-L1-N100", "40x2-D512-L1-N11318"),
+    "cuda": ("40x2-D512-L1-N100", "27x3-D512-L2-N100", "320x2-D512-L1-N320", "2048x2-D512-L1-N2048"),
+}
+CLASSIFIER_SIZES = ("40x2-D512-L1-N11318",)
+# The last one is the large batch whose memory has a target of its own. N is the same, so that work per edge is.
+GROWTH_SIZES = {
+    "cpu": tuple(f"{classes}x2-D512-L1-N320" for classes in (40, 80, 160, 320)),
+    "cuda": tuple(f"{classes}x2-D512-L1-N2048" for classes in (320, 640, 1024, 2048)),
+}
+REPEATS = {"cpu": 7, "cuda": 30}
+GROWTH_REPEATS = {"cpu": 3, "cuda": 10}
+WARM_UPS = {"cpu": 1, "cuda": 10}
+# Relative differences of losses and gradients from R0: sums in another order, TF32 or bfloat16 operands.
+AGREEMENT = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 4e-2}
+TOO_SMALL = "too small to measure"
+PARTS = ("time", "memory", "classifier", "growth")
 
 
 @dataclass(frozen=True)
-class Size:
-    """P classes of K samples, D channels, L layers with H heads, N training classes."""
+class Options:
+    """What is common to all rows."""
 
-    num_classes: int
-    num_samples: int
-    dim: int
-    layers: int
-    training_classes: int
-    heads: int
+    device: str
+    precision: str
+    edge_dropout: str = "tied"
+    backend: str = "auto"
+    repeats: int = 7
 
-    @classmethod
-    def parse(cls, text: str) -> "Size":
-        """From `PxK-Dd-Ll-Nn[-Hh]`; H is 2 L if it is left out, as in the released settings."""
-        match = re.fullmatch(r"(\d+)x(\d+)-D(\d+)-L(\d+)-N(\d+)(?:-H(\d+))?", text)
-        if match is None:
-            raise argparse.ArgumentTypeError(f"expected a size like {DEFAULT_SIZES[0]}, got {text!r}")
-        classes, samples, dim, layers, training = map(int, match.groups()[:5])
-        size = cls(classes, samples, dim, layers, training, int(match[6] or 2 * layers))
-        if size.num_samples < 2 or not 1 <= size.num_classes <= size.training_classes or dim % size.heads:
-            raise argparse.ArgumentTypeError(f"needs K >= 2, 1 <= P <= N, and H that divides D: got {text!r}")
-        return size
+    def name(self, what: str, size: Size | str, extra: str = "") -> str:
+        """A row's name: what, device, precision (with the CPU's instructions for bfloat16), size."""
+        precision = self.precision
+        if self.device == "cpu" and precision == "bf16":
+            precision += f" ({machine.bf16_instructions() or 'no instructions for it'})"
+        parts = [f"{what}, {self.device} {precision} {size}"]
+        parts += [f"backend {self.backend}"] * (self.backend != "auto")
+        parts += ["independent edge dropout"] * (self.edge_dropout != "tied")
+        parts += [extra] * bool(extra)
+        return ", ".join(parts)
 
-    def __str__(self) -> str:
-        return f"{self.num_classes}x{self.num_samples} D{self.dim} L{self.layers} N{self.training_classes}"
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
-
-@dataclass(frozen=True)
-class Problem:
-    """The inputs of one run, the same for all arms."""
-
-    size: Size
-    z: Tensor
-    labels: Tensor
-    classifier: torch.nn.Linear
-    low: torch.dtype | None
-
-    @classmethod
-    def of(cls, size: Size, device: str, precision: str) -> "Problem":
-        """Embeddings that cluster by class, and a classifier, from a fixed seed."""
-        torch.manual_seed(0)
-        centres = torch.randn(size.num_classes, size.dim).repeat(size.num_samples, 1)
-        z = centres + 0.5 * torch.randn_like(centres)
-        labels = torch.arange(size.num_classes).repeat(size.num_samples)
-        classifier = torch.nn.Linear(size.dim, size.training_classes).requires_grad_(False)
-        low = torch.bfloat16 if precision == "bf16" else None
-        return cls(size, z.to(device), labels.to(device), classifier.to(device), low)
-
-    def graph(self, backend: Literal["pairs", "scatter"]) -> GraphNetwork:
-        """A graph network with the same weights for every backend."""
-        size = self.size
-        torch.manual_seed(1)
-        graph = GraphNetwork(size.dim, size.training_classes, size.layers, size.heads, backend=backend)
-        return graph.to(self.z.device)
+    def spec(self, arm: str, size: Size, runs: int) -> graph_memory.Spec:
+        """What a process of its own measures."""
+        return graph_memory.Spec(
+            arm,
+            size.text,
+            self.device,
+            self.precision,
+            self.edge_dropout,
+            self.backend,
+            torch.get_num_threads(),
+            runs,
+        )
 
 
-def both_passes(problem: Problem, graph: GraphNetwork) -> dict[str, Tensor]:
-    """One run, forward and backward; the losses by name."""
-    size = problem.size
-    plan = class_major_plan(size.num_classes, size.num_samples, problem.z.device)
-    rule = Interpolation(alpha=5.0, mean_metric_loss=3.0)
-    batch_size = problem.z.shape[0]
-    losses: dict[str, Tensor] = {}
-
-    def weights(phase: str) -> Tensor:
-        return mixing_weights(size.num_samples, seed=0, step=0, phase=phase, device=problem.z.device)
-
-    def relate(z: Tensor, key: int, *, gradient: bool) -> tuple[Tensor, BatchSynthesis, Coefficients]:
-        with torch.autocast(z.device.type, dtype=problem.low, enabled=problem.low is not None):
-            output = graph(z, problem.labels, dropout_key=key, plan=plan, coefficient_gradient=gradient)
-        assert output.coefficients is not None
-        phase = "generation" if gradient else "metric"
-        batch = BatchSynthesis.of(z, plan, size.num_samples, rule, weights(phase))
-        return output.node_logits, batch, output.coefficients
-
-    def classify(x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, dtype=problem.low, enabled=problem.low is not None):
-            return product(x, problem.classifier.weight, problem.classifier.bias, autocast_dtype(x))
-
-    z = problem.z.clone().requires_grad_()
-    logits, batch, coefficients = relate(z, 1, gradient=False)
-    partial = synthetic_scores(batch, coefficients)
-    losses["node"] = F.cross_entropy(logits, problem.labels)
-    losses["synthetic"] = synthetic_loss_from_scores(z, partial.scores, partial.square_sum, size.num_samples)
-    (losses["node"] + losses["synthetic"]).backward()
-
-    graph.zero_grad(set_to_none=True)
-    _, batch, coefficients = relate(problem.z, 2, gradient=True)
-    class_labels = problem.labels[: size.num_classes]
-    sums = generation_sums(batch, coefficients, class_labels, classify)
-    entries = batch_size * size.num_classes
-    losses["classification"] = sums.classification / entries
-    losses["similarity"] = sums.similarity / entries
-    row_mean = coefficient_row_sums(coefficients, plan) / batch_size
-    spread = coefficient_spread(coefficients, row_mean, plan)
-    losses["diversity"] = diversity_from_spread(spread, batch_size)
-    (10 * losses["classification"] + 10 * losses["similarity"] + 0.3 * losses["diversity"]).backward()
-    graph.zero_grad(set_to_none=True)
-    return {name: loss.detach() for name, loss in losses.items()}
+def why_not(size: Size, device: str) -> str:
+    """Why the reference cannot run at this size; empty if it can."""
+    free = machine.free_memory(device)
+    if size.reference_bytes <= free:
+        return ""
+    return f"reference cannot run: it needs about {size.reference_bytes / 2**30:.0f} GiB, {free / 2**30:.0f} are free"
 
 
-def edge_update_per_edge(
-    block: EdgeBlock,
-    edges: Tensor,
-    h: Tensor,
-    row: Tensor,
-    column: Tensor,
-    layer: int,
-    dropout: EdgeDropout | None,
-) -> Tensor:
-    """`gcahng.graph.reference.edge_update` with keys and values computed for each end of each edge."""
-    ends = F.gelu(block.node_to_edge(h))[torch.stack([row, column], 1)]
-    query, key, value = block.query(edges), block.key(ends), block.value(ends)
-    weights = torch.softmax((query[:, None] * key).sum(-1) / math.sqrt(edges.shape[1]), 1)
-    if dropout is not None:
-        weights = weights * torch.stack(dropout.scales(row, column, layer, weights.dtype), 1)
-    e = block.norm((weights[..., None] * value).sum(1) + edges)
-    return block.norm(block.ffn_out(block.ffn_norm(F.gelu(block.ffn_in(e)))) + e)
+def check_agreement(
+    arm: str, size: Size, found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float, kind: str
+) -> None:
+    """Stop unless an arm computes what R0 computes.
 
-
-@contextmanager
-def released_arithmetic() -> Iterator[None]:
-    """Let the edge list compute what the released code computes."""
-    original = reference.edge_update
-    reference.edge_update = edge_update_per_edge
-    try:
-        yield
-    finally:
-        reference.edge_update = original
-
-
-def arms(problem: Problem) -> dict[str, Callable[[], dict[str, Tensor]]]:
-    """The runs to compare, by name."""
-    pairs, listed = problem.graph("pairs"), problem.graph("scatter")
-
-    def as_released() -> dict[str, Tensor]:
-        with released_arithmetic():
-            return both_passes(problem, listed)
-
-    return {
-        "pairs": lambda: both_passes(problem, pairs),
-        "edge list": lambda: both_passes(problem, listed),
-        "edge list as released": as_released,
-    }
-
-
-def check_agreement(losses: dict[str, dict[str, Tensor]], size: Size, tolerance: float) -> None:
-    """Stop unless all arms compute the same losses.
+    The error of a tensor is its difference's norm over its own, the latter at least 1e-2 of the largest among `wanted`.
 
     Raises:
-        RuntimeError: They do not.
+        RuntimeError: It does not.
     """
-    for arm, found in losses.items():
-        for name, want in losses["edge list as released"].items():
-            difference = abs(float(found[name] - want)) / max(abs(float(want)), 1e-2)
-            if not difference <= tolerance:
-                raise RuntimeError(f"{size}: the {name} loss of {arm} is off by {difference:.1e} > {tolerance:.0e}.")
-
-
-def time_once(run: Callable[[], object], device: str) -> tuple[float, float]:
-    """Wall time and processor time of one run in seconds."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    wall, processor = time.perf_counter(), time.process_time()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - wall, time.process_time() - processor
-
-
-def measure(size: Size, device: str, precision: str, repeats: int) -> list[dict[str, object]]:
-    """One row per edge list: median wall seconds of `pairs`, and how many times as long the edge list takes.
-
-    The ratio is the median over rounds of neighbouring runs, which a load that comes and goes hardly moves.
-    """
-    runs = arms(Problem.of(size, device, precision))
-    # This round also warms up.
-    check_agreement({arm: run() for arm, run in runs.items()}, size, AGREEMENT[precision])
-    rounds = [{arm: time_once(run, device) for arm, run in runs.items()} for _ in range(repeats)]
-    library = "torch's own scatter" if reference.scatter_library() is None else "torch_scatter"
-    rows: list[dict[str, object]] = []
-    for arm in runs:
-        walls = [each[arm][0] for each in rounds]
-        wall_ratio, processor_ratio = (
-            statistics.median(each[arm][clock] / each["pairs"][clock] for each in rounds) for clock in (0, 1)
-        )
-        print(
-            f"{size!s:<20} {arm:<22} {statistics.median(walls):8.4f} s ({min(walls):.4f} to {max(walls):.4f})  "
-            f"{wall_ratio:5.2f} x pairs (processor time {processor_ratio:.2f})"
-        )
-        if arm != "pairs":
-            rows.append(
-                {
-                    "name": f"graph step, pairs over {arm} ({library}), {device} {precision} {size}",
-                    "value": statistics.median(each["pairs"][0] for each in rounds),
-                    "unit": "s",
-                    "ratio": wall_ratio,
-                }
+    if found.keys() != wanted.keys():
+        raise RuntimeError(f"{size}: {arm} has other {kind}s than R0: {sorted(found.keys() ^ wanted.keys())}.")
+    least = 1e-2 * max(float(value.double().norm()) for value in wanted.values())
+    for name, want in wanted.items():
+        difference = float((found[name] - want).double().norm()) / max(float(want.double().norm()), least)
+        if not difference <= tolerance:
+            raise RuntimeError(
+                f"{size}: the {name} {kind} of {arm} is off by {difference:.1e}, more than {tolerance:.0e}."
             )
+
+
+def run_noted(arm: Arm) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Losses and gradients of one run."""
+    gradients: dict[str, Tensor] = {}
+    return arm.run(gradients), gradients
+
+
+def agreeing_arms(size: Size, options: Options) -> tuple[list[Arm], str]:
+    """The arms that can run, warmed up, after the check that they agree; why the reference cannot, if so."""
+    problem = Problem.of(size, options.device, options.edge_dropout)
+    ours = arm_named("ours", problem, options.precision, options.backend)
+    arms, note = [ours], why_not(size, options.device)
+    if not note:
+        try:
+            reference = arm_named("R0", problem, "fp32")
+            want = run_noted(reference)
+            arms.append(reference)
+        except torch.OutOfMemoryError:
+            note = "reference cannot run: out of memory"
+    if len(arms) > 1:
+        if options.device == "cuda":
+            arms.append(arm_named("R1", problem, "fp32"))
+        for arm in arms[::2]:
+            tolerance = AGREEMENT["tf32" if arm.name == "R1" else options.precision]
+            found = run_noted(arm)
+            check_agreement(arm.name, size, found[0], want[0], tolerance, "loss")
+            check_agreement(arm.name, size, found[1], want[1], tolerance, "gradient")
+        del want, found
+    for _ in range(WARM_UPS[options.device]):
+        for arm in arms:
+            arm.run()
+    return arms, note
+
+
+def time_rows(size: Size, options: Options) -> list[Row]:
+    """Median time of ours, and how many times as long the edge list takes.
+
+    The ratio is the median over rounds of neighbouring runs, which a load that comes and goes hardly moves; the same
+    holds for the share of the floor.
+    """
+    arms, note = agreeing_arms(size, options)
+    rate = machine.MatrixRate(options.device, options.dtype)
+    rate.measure()
+    rounds = []
+    for _ in range(options.repeats):
+        times = {arm.name: machine.elapsed(arm.run, options.device) for arm in arms}
+        rounds.append((times, size.floor_flop / rate.measure()))
+    ours = statistics.median(times["ours"][0] for times, _ in rounds)
+    floor = statistics.median(found for _, found in rounds)
+    share = statistics.median(found / times["ours"][0] for times, found in rounds)
+    rows = []
+    for arm in arms[1:]:
+        ratio, processor = (
+            statistics.median(times[arm.name][clock] / times["ours"][clock] for times, _ in rounds) for clock in (0, 1)
+        )
+        theirs = statistics.median(times[arm.name][0] for times, _ in rounds)
+        extra = f"{arm.name} {theirs:.4g} s; ratio of processor time {processor:.2f}"
+        name = options.name("graph step time", size, "" if arm.name == "R0" else arm.name)
+        rows.append(Row(name, ours, "s", ratio, floor, share, extra))
+    if not rows:
+        rows.append(Row(options.name("graph step time", size), ours, "s", None, floor, share, note))
     return rows
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse, measure every size, print a table, write the rows."""
+def memory_rows(size: Size, options: Options) -> list[Row]:
+    """Peak memory of ours, and how many times as much the edge list takes: as released, and as lean as it can be."""
+    runs = 2 if size.batch <= 160 else 1
+    ours = graph_memory.measure(options.spec("ours", size, runs))
+    rows = []
+    for arm, extra in (("R0", ""), ("R0 lean", "R0 lean")):
+        name, note, ratio = options.name("graph step peak memory", size, extra), why_not(size, options.device), None
+        if not note and ours.bytes:
+            theirs = graph_memory.measure(options.spec(arm, size, runs))
+            note = theirs.note and f"reference cannot run: {theirs.note}"
+            if theirs.bytes is not None:
+                ratio = theirs.bytes / ours.bytes
+                note = f"{arm} {theirs.bytes / 2**30:.3g} GiB"
+        value = None if ours.bytes is None else ours.bytes / 2**30
+        rows.append(Row(name, value, "GiB", ratio, note=note or ours.note or TOO_SMALL))
+        if ratio is None:
+            break
+    return rows
+
+
+def classifier_rows(size: Size, options: Options) -> list[Row]:
+    """Arithmetic of the classifier on synthetic negatives, and the largest tensor of logits.
+
+    Counted, not timed, so the same on every device; the ratio is ours over R0's (smaller is better).
+    """
+    ours, reference = (classifier_work(name, size, options.precision, options.backend) for name in ("ours", "R0"))
+    arithmetic = options.name("classifier arithmetic", size, "ours / R0")
+    rows = options.name("classifier logits", size, "ours / R0")
+    return [
+        Row(arithmetic, ours.flop / 1e9, "GFLOP", ours.flop / reference.flop, note=f"R0 {reference.flop / 1e9:.4g}"),
+        Row(rows, ours.rows, "rows", ours.rows / reference.rows, note=f"R0 {reference.rows} rows of N columns"),
+    ]
+
+
+def growth_time_rows(sizes: list[Size], options: Options) -> list[Row]:
+    """Time of ours per ordered edge; the ratio is that of the smallest batch over this one's."""
+    arms = {}
+    for size in sizes:
+        problem = Problem.of(size, options.device, options.edge_dropout)
+        arms[size] = arm_named("ours", problem, options.precision, options.backend)
+        for _ in range(WARM_UPS[options.device]):
+            arms[size].run()
+    rounds = [
+        {size: machine.elapsed(arm.run, options.device)[0] / size.edges for size, arm in arms.items()}
+        for _ in range(min(options.repeats, GROWTH_REPEATS[options.device]))
+    ]
+    rows = []
+    for size in sizes:
+        value = statistics.median(each[size] for each in rounds)
+        ratio = statistics.median(each[sizes[0]] / each[size] for each in rounds)
+        rows.append(Row(options.name("graph step time per ordered edge", size), value * 1e9, "ns", ratio))
+    return rows
+
+
+def growth_memory_rows(sizes: list[Size], options: Options) -> list[Row]:
+    """Peak memory of ours per ordered edge, the ratio as for the time; then the largest batch's peak as it is."""
+    peaks = [graph_memory.measure(options.spec("ours", size, 1)) for size in sizes]
+    rows = []
+    for size, peak in zip(sizes, peaks, strict=True):
+        name = options.name("graph step peak memory per ordered edge", size)
+        if not peak.bytes or not peaks[0].bytes:
+            rows.append(Row(name, None, "bytes", None, note=peak.note or TOO_SMALL))
+            continue
+        value, first = peak.bytes / size.edges, peaks[0].bytes / sizes[0].edges
+        rows.append(Row(name, value, "bytes", first / value))
+    last = None if peaks[-1].bytes is None else peaks[-1].bytes / 2**30
+    note = peaks[-1].note or why_not(sizes[-1], options.device)
+    return [*rows, Row(options.name("graph step peak memory", sizes[-1]), last, "GiB", None, note=note)]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of ours; R0 is always fp32")
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--sizes", nargs="+", type=Size.parse, default=[Size.parse(s) for s in DEFAULT_SIZES])
-    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each arm")
+    parser.add_argument("--results", type=Path, help="write the rows here with machine, versions, date and command")
+    parser.add_argument("--sizes", nargs="+", type=Size.parse, help=f"PxK-D-L-N[-H] like {DEFAULT_SIZES['cpu'][0]}")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS[:3], help="kinds of rows; default: no growth"
+    )
+    parser.add_argument("--backend", choices=("auto", "triton", "compiled", "eager"), default="auto", help="of ours")
+    parser.add_argument("--edge-dropout", choices=("tied", "independent"), default="tied", help="of both")
+    parser.add_argument("--repeats", type=int, help="timed runs of each arm")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
-    if options.repeats < 1:
-        parser.error(f"--repeats must be at least 1: got {options.repeats}")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    print(f"torch {torch.__version__}, {options.device}, {options.precision}, {torch.get_num_threads()} threads")
-    rows = [row for size in options.sizes for row in measure(size, options.device, options.precision, options.repeats)]
-    if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+    for name in ("repeats", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1: got {value}")
+    return options
+
+
+def sizes_of(part: str, given: list[Size] | None, device: str) -> list[Size]:
+    """The sizes that a part measures."""
+    if given is not None:
+        return given
+    defaults = {"classifier": CLASSIFIER_SIZES, "growth": GROWTH_SIZES[device]}
+    return [Size.parse(text) for text in defaults.get(part, DEFAULT_SIZES[device])]
+
+
+def part_rows(part: str, sizes: list[Size], options: Options) -> list[Row]:
+    """All rows of one part."""
+    if options.device == "cpu" and options.precision == "bf16" and not machine.bf16_instructions():
+        wanted = " or ".join(machine.BF16_INSTRUCTIONS)
+        name = options.name(f"graph step {part}", ", ".join(map(str, sizes)))
+        return [Row(name, None, "", None, note=f"not run: the CPU has no {wanted}")]
+    if part == "growth":
+        return growth_time_rows(sizes, options) + growth_memory_rows(sizes, options)
+    make = {"time": time_rows, "memory": memory_rows, "classifier": classifier_rows}[part]
+    return [row for size in sizes for row in make(size, options)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, measure, print, write."""
+    parsed = parse(arguments)
+    if parsed.threads is not None:
+        torch.set_num_threads(parsed.threads)
+    repeats = REPEATS[parsed.device] if parsed.repeats is None else parsed.repeats
+    options = Options(parsed.device, parsed.precision, parsed.edge_dropout, parsed.backend, repeats)
+    for name, value in machine.describe(parsed.device).items():
+        print(f"{name}: {value}")
+    rows: list[Row] = []
+    for part in PARTS:
+        if part in parsed.parts:
+            found = part_rows(part, sizes_of(part, parsed.sizes, parsed.device), options)
+            print(*(row.line() for row in found), sep="\n", flush=True)
+            rows += found
+    if parsed.json is not None:
+        write_rows(parsed.json, rows)
+    if parsed.results is not None:
+        write_results(parsed.results, rows, parsed.device)
     return 0
 
 

@@ -43,8 +43,11 @@ def check_labels(labels: Tensor, num_rows: int, name: str = "labels") -> None:
         )
 
 
-def check_embeddings(embeddings: Tensor, name: str = "embeddings") -> None:
-    """Raise InputError unless `embeddings` is a floating (B, D) tensor of finite numbers."""
+def check_embeddings(embeddings: Tensor, name: str = "embeddings", *, values: bool = True) -> None:
+    """Raise InputError unless `embeddings` is a floating (B, D) tensor of finite numbers.
+
+    `values=False` leaves the numbers alone: to look at them is to wait for the device.
+    """
     if not isinstance(embeddings, Tensor):
         raise InputError(f"`{name}` must be a tensor: got {type(embeddings).__name__}.")
     if embeddings.dim() != 2 or not embeddings.is_floating_point():
@@ -52,6 +55,8 @@ def check_embeddings(embeddings: Tensor, name: str = "embeddings") -> None:
             f"`{name}` must be a floating tensor of shape (B, D): got {embeddings.dtype} "
             f"of shape {tuple(embeddings.shape)}."
         )
+    if not values:
+        return
     finite = torch.isfinite(embeddings.detach()).all(1)
     if not bool(finite.all()):
         bad = torch.nonzero(~finite)[:, 0].tolist()

@@ -76,7 +76,11 @@ def mixing_weights(
     Returns:
         (K, K-1); entry [a, g-1] fuses negative group g for the anchors of group a.
     """
+    # A handful of numbers through a few hundred small operations: drawn on the CPU, and sent without waiting.
     key = stream_key(seed, "mixing_weights", step, phase)
-    anchor = torch.arange(num_samples, device=device)[:, None]
-    negative = torch.arange(1, num_samples, device=device)[None, :]
-    return to_uniform(philox(key, (anchor, negative))[0], dtype)
+    anchor = torch.arange(num_samples)[:, None]
+    negative = torch.arange(1, num_samples)[None, :]
+    weights = to_uniform(philox(key, (anchor, negative))[0], dtype)
+    if torch.device(device).type == "cuda":
+        weights = weights.pin_memory()
+    return weights.to(device, non_blocking=True)

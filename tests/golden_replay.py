@@ -11,15 +11,18 @@ from golden_names import graph_name
 from torch import Tensor, nn
 
 from gcahng import losses, metrics
-from gcahng.generation import Interpolation, generate_negatives
-from gcahng.generation.block_losses import (
-    coefficient_row_sums,
-    coefficient_spread,
-    synthetic_scores,
+from gcahng.generation import (
+    ConstantClassifier,
+    Interpolation,
+    LossFactors,
+    Synthesis,
+    generate_negatives,
+    generation_loss,
+    synthetic_loss,
 )
-from gcahng.generation.block_synthesis import BatchSynthesis, class_major_plan
 from gcahng.graph import Coefficients, GraphNetwork, GraphOutput, PairPlan
 from gcahng.graph.features import unit_centred
+from gcahng.graph.pairs import class_major_plan
 from gcahng.training.averages import EpochAverages
 from gcahng.training.backend import PlainBackend
 from gcahng.training.config_schema import OptimizerConfig
@@ -153,6 +156,11 @@ class Stage:
         assert self.output.coefficients is not None
         return self.output.coefficients
 
+    @property
+    def synthesis(self) -> Synthesis:
+        rule = Interpolation(self.config.alpha, self.config.mean_metric_loss)
+        return Synthesis(self.config.num_samples, rule, self.weights)
+
     def synthesise(self, table: Tensor) -> Tensor:
         return generate_negatives(
             self.z,
@@ -169,7 +177,8 @@ def replay_stage(golden: dict[str, np.ndarray], backend: str, compare: Compariso
     stage = Stage.of(golden, backend)
     size = stage.config.num_classes * stage.config.num_samples
     compare.add("z", stage.z, golden["stage/z"])
-    edges = dense(pair_products(unit_centred(stage.z.detach()), stage.plan), stage.plan)
+    x = unit_centred(stage.z.detach())
+    edges = x[:, None] * x[None, :]
     compare.add("edges0", edges.view(size * size, -1), golden["stage/edges0"])
     table = stage.output.pull_coefficients
     compare.add("node_logits", stage.output.node_logits, golden["stage/node_logits"])
@@ -196,32 +205,34 @@ def _metric_losses(stage: Stage, compare: Comparison) -> None:
 
 
 def _synthetic_losses(stage: Stage, compare: Comparison) -> None:
-    """J_syn from the full table and by blocks."""
-    config, z, table = stage.config, stage.z, stage.output.pull_coefficients
-    rule = Interpolation(config.alpha, config.mean_metric_loss)
-    batch = BatchSynthesis.of(z, stage.plan, config.num_samples, rule, stage.weights)
-    sums = synthetic_scores(batch, stage.coefficients)
-    by_blocks = losses.synthetic_loss_from_scores(z, sums.scores, sums.square_sum, config.num_samples)
+    """J_syn from the full table, with gradient through the coefficients, and chunk by chunk, without."""
+    z, table = stage.z, stage.output.pull_coefficients
     by_table = losses.synthetic_n_pair_loss(z, stage.synthesise(table))
-    for name, loss in (("table", by_table), ("blocks", by_blocks)):
+    by_output = synthetic_loss(z, stage.coefficients, stage.synthesis)
+    for name, loss in (("table", by_table), ("output", by_output)):
         compare.add(f"loss_syn_npair ({name})", loss, stage.golden["stage/loss_syn_npair"])
         (gradient,) = torch.autograd.grad(loss, z, retain_graph=True)
         compare.add(f"grad_syn_z ({name})", gradient, stage.golden["stage/grad_syn_z"])
-    detached = losses.synthetic_n_pair_loss(z, stage.synthesise(table.detach()))
-    (gradient,) = torch.autograd.grad(detached, z)
-    compare.add("grad_syn_z_coef_detached", gradient, stage.golden["stage/grad_syn_z_coef_detached"])
+    constant = stage.graph(z, stage.labels, plan=stage.plan, coefficient_gradient=False).coefficients
+    assert constant is not None
+    by_table = losses.synthetic_n_pair_loss(z, stage.synthesise(table.detach()))
+    by_chunks = synthetic_loss(z, constant, stage.synthesis)
+    compare.add("loss_syn_npair (chunks)", by_chunks, stage.golden["stage/loss_syn_npair"])
+    for name, loss in (("table", by_table), ("chunks", by_chunks)):
+        (gradient,) = torch.autograd.grad(loss, z)
+        compare.add(f"grad_syn_z_coef_detached ({name})", gradient, stage.golden["stage/grad_syn_z_coef_detached"])
 
 
 def _diversity(stage: Stage, compare: Comparison) -> None:
-    """J_div and its gradient in every parameter, from the full table and by blocks."""
-    size, table = stage.z.shape[0], stage.output.pull_coefficients
-    row_mean = coefficient_row_sums(stage.coefficients, stage.plan) / size
-    spread = coefficient_spread(stage.coefficients, row_mean, stage.plan)
+    """J_div and its gradient in every parameter, from the full table and as a part of the generation loss."""
     named = {n: p for n, p in stage.graph.named_parameters() if p.requires_grad}
-    for name, loss in (
-        ("table", losses.diversity_loss(table)),
-        ("blocks", losses.diversity_from_spread(spread, size)),
-    ):
+    classifier = ConstantClassifier(torch.zeros(stage.config.training_classes, stage.config.dim).double(), None)
+    labels = torch.arange(stage.config.num_classes)
+    # Half of twice J_div and nothing else.
+    found = generation_loss(
+        stage.z, stage.coefficients, stage.synthesis, classifier, labels, LossFactors(0.0, 0.0, 2.0)
+    )
+    for name, loss in (("table", losses.diversity_loss(stage.output.pull_coefficients)), ("chunks", found.total)):
         compare.add(f"loss_diversity ({name})", loss, stage.golden["stage/loss_diversity"])
         gradients = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
         got = dict(zip(named, gradients, strict=True))
@@ -342,7 +353,7 @@ def replay(path: Path) -> list[tuple[str, float]]:
         golden = dict(archive)
     rows: list[tuple[str, float]] = []
     if "config" in golden:
-        for backend in ("pairs", "scatter"):
+        for backend in ("eager", "scatter"):
             compare = Comparison()
             replay_stage(golden, backend, compare)
             replay_iterations(golden, backend, compare)

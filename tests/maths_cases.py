@@ -11,8 +11,8 @@ import torch
 from golden_replay import Comparison
 from torch import Tensor
 
-from gcahng.generation.block_synthesis import class_major_plan
 from gcahng.graph import GraphNetwork, PairPlan
+from gcahng.graph.pairs import class_major_plan
 
 # Between two paths of our own in float64 (method, section on golden files).
 OWN_PATHS = 1e-10
@@ -82,6 +82,10 @@ def graph_of(size: Size, seed: int = 0, **options: object) -> GraphNetwork:
         graph = GraphNetwork(size.dim, training_classes, size.layers, size.heads, **options)  # type: ignore[arg-type]
     graph.double()
     randomise(graph, seed + 1)
+    with torch.no_grad():
+        # Frozen at zero in training, but a loaded state may hold others.
+        for number, norm in enumerate((graph.edge_norm, graph.node_norm)):
+            norm.bias.copy_(0.2 * torch.randn(size.dim, generator=generator(number), dtype=torch.float64))
     return graph
 
 

@@ -77,6 +77,8 @@ class Case:
     precision: Precision = "fp32"
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    deferred: bool = False
+    fused: bool = False
     graph_options: dict[str, object] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)
 
@@ -110,8 +112,8 @@ class Case:
                 continue
             settings = OptimizerConfig(name=self.optimizer, lr=self.lr, weight_decay=0.1)
             clip = self.clip if name in ("metric_model", "graph") else None
-            optimizers[name], gates[name] = build_optimizer(module, settings, clip_value=clip)
-        return NotingBackend(modules, optimizers, gates, precision=self.precision)
+            optimizers[name], gates[name] = build_optimizer(module, settings, clip_value=clip, fused=self.fused)
+        return NotingBackend(modules, optimizers, gates, precision=self.precision, deferred_checks=self.deferred)
 
     def step_on(self, backend: NotingBackend) -> TrainingStep:
         values: dict[str, object] = {

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gcahng.graph.edge_update import BlockWeights, UpdateRule
+from gcahng.graph.pair_attention import Reducer, pair_attention
+from gcahng.graph.pairs import PairPlan
 from gcahng.graph.precision import linear, product
 
 
@@ -85,6 +87,22 @@ class NodeBlock(nn.Module):
         # SDPA wants a batch axis to choose its fused kernels.
         mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=mask)[0]
         return linear(mixed.to(h.dtype).transpose(0, 1).reshape(h.shape), self.out, dtype)
+
+    def attend_listed(
+        self, h: Tensor, labels: Tensor, plan: PairPlan, dtype: torch.dtype | None, reduce: Reducer
+    ) -> Tensor:
+        """`attend` over the pairs that a sparse plan lists: no (B, B) mask, no scores of other pairs.
+
+        Args:
+            h: (B, D) nodes.
+            labels: (B,) classes; nodes of one class do not attend to each other.
+            plan: Block pairs of this process.
+            dtype: Of the operands of matrix products.
+            reduce: Differentiable sum over processes.
+        """
+        query, key, value = (x.transpose(0, 1) for x in self.project(h, dtype))
+        mixed = pair_attention(query, key, value, labels, plan, low=dtype, reduce=reduce)
+        return linear(mixed.reshape(h.shape), self.out, dtype)
 
     def update(self, h: Tensor, attended: Tensor | None, edge_sum: Tensor | None, dtype: torch.dtype | None) -> Tensor:
         """New nodes (B, D) from the old ones, the attention output and the edge-to-node sum."""

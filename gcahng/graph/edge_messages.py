@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from gcahng.graph.edge_layout import EdgeLayout
-from gcahng.graph.edge_source import EdgeSource, ProductEdges
+from gcahng.graph.edge_source import EdgeSource, ProductEdges, bare
 from gcahng.graph.kernels import EagerKernels
-from gcahng.graph.kernels.eager import lowered
+from gcahng.graph.kernels.eager import column_sums, lowered
 from gcahng.graph.pairs import add_ends, ends
+from gcahng.graph.precision import without_autocast
 
 
 @dataclass(frozen=True)
@@ -77,22 +78,25 @@ class _Messages(torch.autograd.Function):
             inner, first, second = found
             add_ends(sums, chunk, first, second)
             kept.append(inner if keep else None)
-        ctx.call, ctx.source, ctx.kept = call, source, kept
-        ctx.save_for_backward(weight, bias, *tensors)
+        ctx.call, ctx.source = call, bare(source)
+        # Saved as autograd saves: freed by the backward pass, kept by retain_graph.
+        ctx.save_for_backward(weight, bias, *tensors, *kept)
         return sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (grad,) = grads
         call: EdgePass = ctx.call
-        weight, bias, *tensors = ctx.saved_tensors
-        source: EdgeSource = ctx.source.with_tensors(tuple(tensors))
+        weight, bias, *saved = ctx.saved_tensors
+        width = len(ctx.source.tensors)
+        source: EdgeSource = ctx.source.with_tensors(tuple(saved[:width]))
         collected = source.gradient(any(ctx.needs_input_grad[5:]))
         matrix = lowered(weight, call.low)
         grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         grad = grad.contiguous()
-        for part, inner in zip(call.layout.all_rows(), ctx.kept, strict=True):
+        for part, inner in zip(call.layout.all_rows(), saved[width:], strict=True):
             chunk = part.chunk
             edges = source.values(chunk)
             at_first, at_second = ends(grad, chunk)
@@ -106,10 +110,9 @@ class _Messages(torch.autograd.Function):
                 (at_first, at_second if chunk.mirrored else None),
             )
             accumulate_product(grad_weight, grad_inner, lowered(edges.flatten(0, 2), call.low))
-            grad_bias += grad_inner.sum(0, dtype=bias.dtype)
+            grad_bias += column_sums(grad_inner, bias.dtype)
             if collected.needed:
                 collected.add(chunk, (grad_inner @ matrix).to(edges.dtype).view(edges.shape))
-        ctx.kept = None
         return None, None, None, grad_weight, grad_bias, *collected.results()
 
 

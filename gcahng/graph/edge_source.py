@@ -45,6 +45,11 @@ class SourceGradient(Protocol):
         """One per tensor of the source; None if none was needed."""
 
 
+def bare(source: EdgeSource) -> EdgeSource:
+    """The same source on empty tensors: what an operation may hold beside its saved tensors."""
+    return source.with_tensors(tuple(t.new_empty(0) for t in source.tensors))
+
+
 @dataclass(frozen=True)
 class ProductEdges:
     """First-layer edges x_i * x_j, channel by channel (method section 3).

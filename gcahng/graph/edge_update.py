@@ -6,6 +6,7 @@ into `keep_bytes`; everything else is computed again, chunk by chunk.
 Shapes: num_positions nodes by block position, D channels, F = 4 D hidden channels, rows of the edge buffer.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from gcahng.graph.edge_messages import EdgePass, accumulate_product
 from gcahng.graph.edge_moments import EdgeMoments
-from gcahng.graph.edge_source import EdgeSource, ProductEdges
+from gcahng.graph.edge_source import EdgeSource, ProductEdges, bare
 from gcahng.graph.kernels import HiddenWeights, NormWeights
 from gcahng.graph.kernels.eager import lowered
 from gcahng.graph.pairs import PairChunk, add_ends, ends
+from gcahng.graph.precision import without_autocast
 
 
 @dataclass(frozen=True)
@@ -101,45 +103,77 @@ def update_edges(
     return raw, moments
 
 
+@dataclass(frozen=True)
+class _Attention:
+    """Attention weights of one chunk: six numbers per edge at most, kept for the backward pass.
+
+    Attributes:
+        shares: (n, b, b) softmax weights of the first and of the second node.
+        keep: Their dropout factors; None without dropout.
+    """
+
+    shares: tuple[Tensor, Tensor]
+    keep: tuple[Tensor, Tensor] | None
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        if self.keep is None:
+            return self.shares
+        return self.shares[0] * self.keep[0], self.shares[1] * self.keep[1]
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Four of them."""
+        return (*self.shares, *(self.keep or (None, None)))
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any]) -> "_Attention":
+        """From what `tensors` gave."""
+        first, second, keep_first, keep_second = tensors
+        return cls((first, second), None if keep_first is None else (keep_first, keep_second))
+
+
 class _Chunk:
     """Attention of one chunk, as both passes compute it."""
 
     def __init__(
-        self, call: EdgePass, source: EdgeSource, rule: UpdateRule, terms: EndTerms, norm: NormWeights, chunk: PairChunk
+        self,
+        call: EdgePass,
+        source: EdgeSource,
+        rule: UpdateRule,
+        terms: EndTerms,
+        norm: NormWeights,
+        chunk: PairChunk,
+        attention: _Attention | None = None,
     ) -> None:
         self.call, self.source, self.norm, self.chunk = call, source, norm, chunk
         self.directions = ends(terms.direction, chunk)
-        offset = ends(terms.offset, chunk)
         self.values = ends(terms.value, chunk)
         self.edges: Tensor | None = None
         if isinstance(source, ProductEdges):
             self.factors = source.factors(chunk)
-            first, second = self.factors
-            # sum_c x_i x_j (u_i - u_j), without the (b, b, D) product.
-            margin = torch.bmm(first * self.directions[0], second.mT) - torch.bmm(
-                first, (second * self.directions[1]).mT
-            )
         else:
             self.edges = source.values(chunk)
-            margin = (self.edges * (self.directions[0][:, :, None] - self.directions[1][:, None, :])).sum(-1)
+        self.attention = self._attend(terms, rule) if attention is None else attention
+
+    def _attend(self, terms: EndTerms, rule: UpdateRule) -> _Attention:
+        offset = ends(terms.offset, self.chunk)
+        of_first, of_second = self.directions
+        if self.edges is None:
+            first, second = self.factors
+            # sum_c x_i x_j (u_i - u_j), without the (b, b, D) product.
+            margin = torch.bmm(first * of_first, second.mT) - torch.bmm(first, (second * of_second).mT)
+        else:
+            margin = (self.edges * (of_first[:, :, None] - of_second[:, None, :])).sum(-1)
         margin = margin + offset[0][:, :, None] - offset[1][:, None, :]
-        self.share = torch.sigmoid(margin), torch.sigmoid(-margin)
-        self.keep = call.layout.keep_scales(chunk, rule.layer, margin.dtype)
-        self.weights = (
-            self.share
-            if self.keep is None
-            else (
-                self.share[0] * self.keep[0],
-                self.share[1] * self.keep[1],
-            )
-        )
+        keep = self.call.layout.keep_scales(self.chunk, rule.layer, margin.dtype)
+        return _Attention((torch.sigmoid(margin), torch.sigmoid(-margin)), keep)
 
     def mix(self) -> Tensor:
         """(R, D) edges after the attention and the first norm."""
         if self.edges is None:
-            x = self.call.kernels.product_mix(self.factors, self.values, self.weights, self.norm)
+            x = self.call.kernels.product_mix(self.factors, self.values, self.attention.weights, self.norm)
         else:
-            x = self.call.kernels.mix(self.edges, self.values, self.weights, self.norm)
+            x = self.call.kernels.mix(self.edges, self.values, self.attention.weights, self.norm)
         return x.flatten(0, 2)
 
 
@@ -159,10 +193,11 @@ class _Update(torch.autograd.Function):
         norm, hidden = _norm(weights, rule), _hidden(weights, rule, call)
         keep_inner = keep and call.keeps(weights.weight_in.shape[0], weights.weight_in)
         raw = terms.value.new_empty((call.layout.num_rows, terms.value.shape[1]), dtype=call.storage)
-        rows: list[tuple[Tensor | None, Tensor, Tensor]] = []
+        kept: list[Tensor | None] = []
         for part in call.layout.all_rows():
-            x = _Chunk(call, source, rule, terms, norm, part.chunk).mix()
-            inner, h, mean, rstd = call.kernels.hidden(x, hidden, call.low)
+            work = _Chunk(call, source, rule, terms, norm, part.chunk)
+            x = work.mix()
+            inner, h, mean, rstd = call.kernels.hidden(x, hidden, call.low, keep=keep_inner)
             y = (h @ hidden.weight_out.t()).to(x.dtype)
             del h
             y = y.mul_(rstd).add_(weights.shift).add_(x)
@@ -170,16 +205,22 @@ class _Update(torch.autograd.Function):
             if moments is not None:
                 moments.add(call.kernels.normalise(y, norm), call.layout.weights(part, y.dtype))
             if keep:
-                rows.append((inner if keep_inner else None, mean, rstd))
-        ctx.call, ctx.source, ctx.rule, ctx.rows = call, source, rule, rows
-        ctx.save_for_backward(raw, *tensors)
+                kept += [*work.attention.tensors(), inner, mean, rstd]
+        call.kernels.release()
+        ctx.call, ctx.source, ctx.rule = call, bare(source), rule
+        # Saved as autograd saves: freed by the backward pass, kept by retain_graph.
+        ctx.save_for_backward(raw, *tensors, *kept)
         return raw
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (grad_raw,) = grads
-        raw, *tensors = ctx.saved_tensors
+        raw, *saved = ctx.saved_tensors
+        count = 9 + len(ctx.source.tensors)
+        tensors, saved = saved[:count], saved[count:]
+        kept_rows = [saved[i : i + 7] for i in range(0, len(saved), 7)]
         call: EdgePass = ctx.call
         rule: UpdateRule = ctx.rule
         terms, weights = EndTerms(*tensors[:3]), BlockWeights(*tensors[3:9])
@@ -188,16 +229,16 @@ class _Update(torch.autograd.Function):
         found_terms = EndTerms(*(torch.zeros_like(t) for t in tensors[:3]))
         found = BlockWeights(*(torch.zeros_like(t) for t in tensors[3:9]))
         collected = source.gradient(any(ctx.needs_input_grad[14:]))
-        for part, kept in zip(call.layout.all_rows(), ctx.rows, strict=True):
-            work = _Chunk(call, source, rule, terms, norm, part.chunk)
+        for part, kept in zip(call.layout.all_rows(), kept_rows, strict=True):
+            work = _Chunk(call, source, rule, terms, norm, part.chunk, _Attention.of(kept[:4]))
             x = work.mix()
             rows = part.chunk.rows
             grad = grad_raw[rows].to(x.dtype)
-            grad_x = _feed_forward_backward(x, raw[rows].to(x.dtype), grad, kept, hidden, call, found)
+            grad_x = _feed_forward_backward(x, raw[rows].to(x.dtype), grad, kept[4:], hidden, call, found)
             grad_edges = _attention_backward(work, grad_x, norm, found_terms, found)
             if collected.needed:
                 collected.add(part.chunk, grad_edges)
-        ctx.rows = None
+        call.kernels.release()
         return (
             *(None,) * 5,
             found_terms.direction,
@@ -231,13 +272,14 @@ def _feed_forward_backward(
     x: Tensor,
     raw: Tensor,
     grad: Tensor,
-    kept: tuple[Tensor | None, Tensor, Tensor],
+    kept: Sequence[Tensor | None],
     hidden: HiddenWeights,
     call: EdgePass,
     found: BlockWeights,
 ) -> Tensor:
     """Gradient of x (R, D) from that of raw = FFN(x) + x; adds the weights' to `found`."""
     inner, mean, rstd = kept
+    assert mean is not None and rstd is not None
     # raw - x - shift is the product with weight_out times rstd: what the variance acts on.
     row = (grad * (raw - x - hidden.shift)).sum(1, keepdim=True) * rstd.square() / hidden.bias_in.numel()
     scaled = lowered(grad * rstd, call.low)
@@ -255,14 +297,15 @@ def _attention_backward(
     """Gradient of the edges (n, b, b, D) from that of the mixed ones (R, D); adds the nodes' to `found_terms`."""
     chunk = work.chunk
     edges = work.source.values(chunk) if work.edges is None else work.edges
-    back = work.call.kernels.mix_backward(edges, work.values, work.weights, norm, grad.view(edges.shape))
+    back = work.call.kernels.mix_backward(edges, work.values, work.attention.weights, norm, grad.view(edges.shape))
     found.norm_weight.add_(back.norm_weight)
     found.norm_bias.add_(back.norm_bias)
     add_ends(found_terms.value, chunk, *back.values)
     by_first, by_second = back.weights
-    if work.keep is not None:
-        by_first, by_second = by_first * work.keep[0], by_second * work.keep[1]
-    margin = (by_first - by_second) * work.share[0] * work.share[1]
+    keep, shares = work.attention.keep, work.attention.shares
+    if keep is not None:
+        by_first, by_second = by_first * keep[0], by_second * keep[1]
+    margin = (by_first - by_second) * shares[0] * shares[1]
     add_ends(found_terms.offset, chunk, margin.sum(2), -margin.sum(1))
     if work.edges is None:
         first, second = work.factors

@@ -6,6 +6,7 @@ Letters: B samples, D channels, N training classes, L layers, H heads.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from gcahng.errors import InputError
 from gcahng.graph import reference
+from gcahng.graph.backends import check_backend_name, choose_backend, make_kernels
 from gcahng.graph.blocks import EdgeBlock, NodeBlock, frozen_bias_batch_norm
 from gcahng.graph.coefficients import (
     Coefficients,
@@ -38,8 +40,16 @@ log = logging.getLogger(__name__)
 
 # The batch size of the papers: `edge_aggregation="scaled"` makes every other act like it.
 REFERENCE_BATCH = 80
+# From here on plain sums of edge messages are called large, once.
+LARGE_SUM = 2 * REFERENCE_BATCH
 # What an edge operation keeps for its backward pass instead of computing it again; D = 512 in float32: B up to 250.
 KEEP_BYTES = 256 << 20
+
+_CHOICES = {
+    "edge_dropout": ("tied", "independent"),
+    "norm": ("gelu_layer_norm", "layer_norm"),
+    "edge_aggregation": ("sum", "mean", "scaled"),
+}
 
 Reducer = Callable[[Tensor], Tensor]
 
@@ -111,8 +121,8 @@ class GraphNetwork(nn.Module):
             num_heads: H of the node attention; must divide D. The edge attention has one head.
             dropout: Probability on the two attention weights of an edge.
             edge_dropout: "tied": the two directions of a pair share their mask. "independent": the released law.
-            backend: "pairs" computes unordered pairs, "scatter" is the edge-list reference; "auto" takes pairs
-                wherever they can do what is asked.
+            backend: Who computes the edges: Triton's kernels, compiled functions or plain torch over unordered
+                pairs, "scatter" the edge-list reference; "auto" takes the fastest that the device allows.
             norm: "gelu_layer_norm" as released, "layer_norm" as the paper writes.
             node_propagation: False: no messages between nodes, an edge sees its two ends only.
             edge_to_node: False: no sum of edge messages into nodes (the paper's "Hadamard product addition").
@@ -123,15 +133,16 @@ class GraphNetwork(nn.Module):
         """
         super().__init__()
         _check_sizes(embedding_dim, num_classes, num_layers, num_heads, dropout)
-        _check_choices(edge_dropout, backend, norm)
+        _check_choices(edge_dropout=edge_dropout, norm=norm, edge_aggregation=edge_aggregation)
+        check_backend_name(backend)
         if edge_to_node and not node_propagation:
             log.info("edge_to_node has no effect without node_propagation: nodes receive nothing.")
         self.embedding_dim = embedding_dim
         self.dropout = dropout
         self.tied = edge_dropout == "tied"
-        self.backend = _choose_backend(backend)
+        self.backend = backend
         self.edge_aggregation = edge_aggregation
-        self.kernels = EagerKernels()
+        self._kernels: dict[tuple[torch.device, int], EagerKernels] = {}
         self.keep_bytes = KEEP_BYTES
         gelu_norm = norm == "gelu_layer_norm"
         self.reduction = nn.Linear(embedding_dim, embedding_dim)
@@ -173,6 +184,18 @@ class GraphNetwork(nn.Module):
         block = block_classes(batch_size, 1)
         return pair_plan(torch.arange(batch_size, device=device), block)
 
+    def kernels(self, plan: PairPlan, device: torch.device) -> EagerKernels:
+        """The inner loops for batches of a plan on a device; made at the first use, then kept.
+
+        Raises:
+            InputError: The backend was asked for by name and cannot run there.
+        """
+        key = (device, plan.block_size)
+        if key not in self._kernels:
+            choice = choose_backend(self.backend, device, self.embedding_dim, plan.block_size)
+            self._kernels[key] = make_kernels(choice.name, device)
+        return self._kernels[key]
+
     def forward(
         self,
         z: Tensor,
@@ -183,6 +206,7 @@ class GraphNetwork(nn.Module):
         need_coefficients: bool = True,
         coefficient_gradient: bool = True,
         reduce: Reducer = identity,
+        check_values: bool = True,
     ) -> GraphOutput:
         """Relate all samples of the global batch.
 
@@ -195,15 +219,20 @@ class GraphNetwork(nn.Module):
             need_coefficients: False skips the last edge block and the edge read-out.
             coefficient_gradient: False computes them without gradient (the metric pass).
             reduce: Differentiable sum of partial sums over processes.
+            check_values: False leaves it to the caller that embeddings are finite: the check waits for the device.
         Raises:
             InputError: Shapes or dtypes do not fit, or an embedding is not finite.
         """
-        self._check_batch(z, labels)
+        self._check_batch(z, labels, check_values)
         dropout = None
         if self.training and self.dropout > 0:
             key = int(torch.randint(2**62, ()).item()) if dropout_key is None else dropout_key
             dropout = EdgeDropout(self.dropout, key, self.tied)
         plan = self.plan(z.shape[0], z.device) if plan is None else plan
+        if self.backend == "scatter" and not plan.dense:
+            raise InputError(
+                "backend scatter computes every pair, but the plan lists some (graph.neighbours). Use backend auto."
+            )
         dtype = autocast_dtype(z)
         z = z if dtype is None else z.float()
         call = _Pass(plan, dropout, need_coefficients, coefficient_gradient, reduce, dtype)
@@ -215,15 +244,21 @@ class GraphNetwork(nn.Module):
 
     def _pairs(self, z: Tensor, labels: Tensor, call: _Pass) -> tuple[Tensor, Coefficients | None]:
         plan = call.plan
-        other_class = labels[:, None] != labels[None, :]
+        # A sparse graph is for batches whose (B, B) mask would be too large.
+        other_class = labels[:, None] != labels[None, :] if plan.dense else None
         layout = edge_layout(plan, call.dropout, len(self.node_blocks))
-        edge_pass = EdgePass(layout, self.kernels, call.dtype, _storage(z, call.dtype), self.keep_bytes)
+        kernels = self.kernels(plan, z.device)
+        edge_pass = EdgePass(layout, kernels, call.dtype, _storage(z, call.dtype), self.keep_bytes)
         source: EdgeSource = ProductEdges(plan.positions(unit_centred(z)))
         h = linear(z, self.reduction, call.dtype)
         last = len(self.node_blocks) - 1
         moments: EdgeMoments | None = None
         for layer, (node_block, edge_block) in enumerate(zip(self._nodes(), self._edges(), strict=True)):
-            attended = node_block.attend(h, other_class, call.dtype) if node_block.attends else None
+            attended = None
+            if node_block.attends and other_class is not None:
+                attended = node_block.attend(h, other_class, call.dtype)
+            elif node_block.attends:
+                attended = node_block.attend_listed(h, labels, plan, call.dtype, call.reduce)
             message = None
             if node_block.sums_edges:
                 summed = edge_to_node_sums(
@@ -239,7 +274,7 @@ class GraphNetwork(nn.Module):
                 rule = edge_block.rule(layer, moments=layer == last and self.training)
                 raw, moments = update_edges(source, terms, edge_block.weights(), rule, edge_pass)
             norm = edge_block.norm.layer_norm
-            source = StoredEdges(raw, norm.weight, norm.bias, edge_block.norm.gelu, norm.eps, self.kernels)
+            source = StoredEdges(raw, norm.weight, norm.bias, edge_block.norm.gelu, norm.eps, kernels)
         assert isinstance(source, StoredEdges)
         return h, self._coefficients(layout, source, moments, call)
 
@@ -248,13 +283,15 @@ class GraphNetwork(nn.Module):
     ) -> PairCoefficients | ConstantCoefficients:
         mean, variance = self._edge_statistics(layout.plan, moments, call.reduce)
         norm, out = self.edge_norm, self.edge_out
+        # The BatchNorm's bias is not trained, but need not be zero in a loaded state.
+        bias = nn.functional.linear(norm.bias, out.weight, out.bias)
         read_out = ReadOut(
-            layout, edges, mean, variance, self.training, norm.weight, norm.eps, out.weight, out.bias, call.dtype
+            layout, edges, mean, variance, self.training, norm.weight, norm.eps, out.weight, bias, call.dtype
         )
         if call.coefficient_gradient and torch.is_grad_enabled():
             return PairCoefficients(read_out)
         # Nobody needs the edges any more: the logits take their place.
-        return ConstantCoefficients(layout, read_out.fill(edges.raw.detach()), out.bias.detach())
+        return ConstantCoefficients(layout, read_out.fill(edges.raw.detach()), bias.detach())
 
     def _edge_statistics(self, plan: PairPlan, moments: EdgeMoments | None, reduce: Reducer) -> tuple[Tensor, Tensor]:
         if moments is None:
@@ -267,6 +304,8 @@ class GraphNetwork(nn.Module):
     def _aggregation_factor(self, plan: PairPlan) -> Tensor | float:
         """What the edge-to-node sums are multiplied by: one number, or (B, 1)."""
         if self.edge_aggregation == "sum":
+            if plan.edge_count > LARGE_SUM * plan.batch_size and self._nodes()[0].sums_edges:
+                _warn_of_large_sums()
             return 1.0
         size = 1.0 if self.edge_aggregation == "mean" else REFERENCE_BATCH
         if plan.degree is None:
@@ -283,6 +322,7 @@ class GraphNetwork(nn.Module):
                 list(self._nodes()),
                 list(self._edges()),
                 call.dropout,
+                message_factor=self._aggregation_factor(call.plan),
                 last_edge_gradient=call.coefficient_gradient,
             )
             if not call.need_coefficients:
@@ -298,8 +338,8 @@ class GraphNetwork(nn.Module):
     def _edges(self) -> list[EdgeBlock]:
         return [block for block in self.edge_blocks if isinstance(block, EdgeBlock)]
 
-    def _check_batch(self, z: Tensor, labels: Tensor) -> None:
-        check_embeddings(z, "z")
+    def _check_batch(self, z: Tensor, labels: Tensor, check_values: bool) -> None:
+        check_embeddings(z, "z", values=check_values)
         check_labels(labels, z.shape[0])
         if z.shape[0] < 2 or z.shape[1] != self.embedding_dim:
             raise InputError(
@@ -327,15 +367,17 @@ def _check_sizes(dim: int, num_classes: int, num_layers: int, num_heads: int, dr
         raise InputError(f"`dropout` must lie in [0, 1): got {dropout}.")
 
 
-def _check_choices(edge_dropout: str, backend: str, norm: str) -> None:
-    for value, known, name in (
-        (edge_dropout, ("tied", "independent"), "edge_dropout"),
-        (backend, ("auto", "triton", "compiled", "eager", "scatter"), "backend"),
-        (norm, ("gelu_layer_norm", "layer_norm"), "norm"),
-    ):
-        if value not in known:
-            raise InputError(f"`{name}` must be one of {', '.join(known)}: got {value!r}.")
+@cache
+def _warn_of_large_sums() -> None:
+    log.warning(
+        "Nodes add up more than %d edge messages each: the sum grows with the batch and drowns a node's own features. "
+        "Set edge_aggregation to scaled, which acts like a batch of %d at every size.",
+        LARGE_SUM,
+        REFERENCE_BATCH,
+    )
 
 
-def _choose_backend(backend: str) -> str:
-    return "eager" if backend == "auto" else backend
+def _check_choices(**given: str) -> None:
+    for name, value in given.items():
+        if value not in _CHOICES[name]:
+            raise InputError(f"`{name}` must be one of {', '.join(_CHOICES[name])}: got {value!r}.")

@@ -227,5 +227,7 @@ def class_major_plan(
     Plans are kept: the next step of the same shape takes the same one.
     """
     device = torch.device(device)
-    order = torch.arange(num_classes * num_samples, device=device).view(num_samples, num_classes).T.reshape(-1)
-    return pair_plan(order, block_classes(num_classes, num_samples, device.type) * num_samples, share=share)
+    # A plan first made in inference mode must serve training later.
+    with torch.inference_mode(False):
+        order = torch.arange(num_classes * num_samples, device=device).view(num_samples, num_classes).T.reshape(-1)
+        return pair_plan(order, block_classes(num_classes, num_samples, device.type) * num_samples, share=share)

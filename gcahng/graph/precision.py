@@ -5,9 +5,16 @@ has an rms of 1/D beside an attention output of about 0.3. So the graph turns au
 operands of its matrix products only.
 """
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -16,6 +23,18 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(backward: Callable[P, Result]) -> Callable[P, Result]:
+    """A `backward(ctx, *gradients)` that keeps its own precision where it is called inside an autocast region."""
+
+    @wraps(backward)
+    def run(*arguments: P.args, **named: P.kwargs) -> Result:
+        device = next(a.device for a in arguments if isinstance(a, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return backward(*arguments, **named)
+
+    return run
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:

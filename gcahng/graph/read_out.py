@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gcahng.graph.edge_layout import ChunkRows, EdgeLayout
 from gcahng.graph.edge_messages import accumulate_product
 from gcahng.graph.edge_source import StoredEdges, StoredGradient
-from gcahng.graph.kernels.eager import lowered
+from gcahng.graph.kernels.eager import column_sums, lowered
 from gcahng.graph.precision import product
 
 
@@ -48,7 +48,7 @@ class ReadOut:
         batch_statistics: Whether they are this batch's, so that gradient flows through them.
         scale: (D,) weight of the BatchNorm.
         eps: Of the BatchNorm.
-        weight, bias: (D, D), (D,) of the Linear.
+        weight, bias: (D, D), (D,) of the Linear, the latter with what the BatchNorm's bias adds.
         low: Dtype of the operands of matrix products; None for the tensors' own.
     """
 
@@ -127,7 +127,7 @@ class ReadOutGradient:
         grad = self.buffer[part.chunk.rows]
         normalised = self.read_out.normalised(part)
         accumulate_product(self._weight, lowered(grad, self.read_out.low), lowered(normalised, self.read_out.low))
-        self._bias += grad.sum(0, dtype=self._bias.dtype)
+        self._bias += column_sums(grad, self._bias.dtype)
 
     def finish(self, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         """Second sweep: gradients of `ReadOut.tensors`, the first of them the buffer itself.
@@ -139,12 +139,14 @@ class ReadOutGradient:
         plan = read_out.layout.plan
         # With g the gradient behind the BatchNorm's weight: g = grad W, so its sums over the edges, plain and times
         # the normalised edge, follow from the gradients of the Linear alone.
-        by_channel = (read_out.weight * self._weight).sum(0)
-        sums = torch.stack([self._bias @ read_out.weight, by_channel])
+        # W as the product below rounds it: else what the means should cancel would be left in every edge.
+        matrix = lowered(read_out.weight, read_out.low)
+        rounded = matrix.to(self._weight.dtype)
+        by_channel = (rounded * self._weight).sum(0)
+        sums = torch.stack([self._bias @ rounded, by_channel])
         sums = reduce(sums) / plan.edge_count if read_out.batch_statistics else torch.zeros_like(sums)
         collected = StoredGradient(read_out.edges, True, into=self.buffer)
         factor = read_out.scale * read_out.rstd()
-        matrix = lowered(read_out.weight, read_out.low)
         for part in read_out.layout.all_rows():
             chunk = part.chunk
             grad = (lowered(self.buffer[chunk.rows], read_out.low) @ matrix).to(factor.dtype)

@@ -119,9 +119,13 @@ def propagate(
     edge_blocks: list[EdgeBlock],
     dropout: EdgeDropout | None,
     *,
+    message_factor: Tensor | float = 1.0,
     last_edge_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """All layers of message propagation: nodes (B, D) and edges (B², D), row i * B + j for the pair (i, j)."""
+    """All layers of message propagation: nodes (B, D) and edges (B², D), row i * B + j for the pair (i, j).
+
+    `message_factor`, one number or (B, 1), multiplies the edge-to-node sums.
+    """
     size = z.shape[0]
     row = torch.arange(size, device=z.device).repeat_interleave(size)
     column = torch.arange(size, device=z.device).repeat(size)
@@ -131,7 +135,7 @@ def propagate(
         attended = node_attention(node_block, h, labels) if node_block.attends else None
         message = None
         if node_block.sums_edges:
-            message = scatter_sum(F.gelu(node_block.edge_to_node(edges)), row, size)
+            message = scatter_sum(F.gelu(node_block.edge_to_node(edges)), row, size) * message_factor
         h = node_block.update(h, attended, message, None)
         gradient = last_edge_gradient or layer < len(node_blocks) - 1
         with torch.set_grad_enabled(gradient and torch.is_grad_enabled()):

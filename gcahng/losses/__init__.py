@@ -4,10 +4,8 @@ from gcahng.losses.n_pair import NPairLoss, NPairPlusLoss
 from gcahng.losses.proxy_anchor import ProxyAnchorLoss
 from gcahng.losses.synthetic import (
     classification_loss,
-    diversity_from_spread,
     diversity_loss,
     similarity_loss,
-    synthetic_loss_from_scores,
     synthetic_n_pair_loss,
 )
 
@@ -16,9 +14,7 @@ __all__ = [
     "NPairPlusLoss",
     "ProxyAnchorLoss",
     "classification_loss",
-    "diversity_from_spread",
     "diversity_loss",
     "similarity_loss",
-    "synthetic_loss_from_scores",
     "synthetic_n_pair_loss",
 ]

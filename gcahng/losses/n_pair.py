@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gcahng.errors import InputError
-from gcahng.layout import check_embeddings, check_labels, check_same_width, group_major
+from gcahng.layout import BatchLayout, check_embeddings, check_labels, check_same_width, group_major
 
 # The weight of the squared embedding lengths, 0.02-scale in Sohn's paper; this is the released code's value.
 LENGTH_WEIGHT = 3e-3 * 0.25
@@ -24,6 +24,8 @@ class NPairPlusLoss(nn.Module):
         labels: Tensor,
         candidates: Tensor | None = None,
         candidate_labels: Tensor | None = None,
+        *,
+        layout: BatchLayout | None = None,
     ) -> Tensor:
         """
         Args:
@@ -32,15 +34,17 @@ class NPairPlusLoss(nn.Module):
             candidates: (C, D): the groups to compare with. Then every embedding is an anchor, the candidates hold
                 each class the same number of times, and the anchors' classes must be among them.
             candidate_labels: (C,) int64.
+            layout: How the embeddings are grouped, from a caller who has checked them and their labels: their values
+                are then not looked at, which would wait for the device. Not with `candidates`.
         Returns:
             Scalar loss.
         Raises:
             InputError: Shapes, dtypes or class counts do not fit (offending classes are listed).
         """
-        check_embeddings(embeddings)
+        check_embeddings(embeddings, values=layout is None)
         check_labels(labels, embeddings.shape[0])
         if candidates is None:
-            return self._within(embeddings, labels)
+            return self._within(embeddings, layout or group_major(labels))
         if candidate_labels is None:
             raise InputError("`candidate_labels` is missing: expected (C,) labels beside `candidates`.")
         check_embeddings(candidates, "candidates")
@@ -50,8 +54,7 @@ class NPairPlusLoss(nn.Module):
         groups = candidates[layout.order].view(layout.num_samples, layout.num_classes, -1)
         return self._compare(embeddings, _columns(labels, layout.class_labels), groups)
 
-    def _within(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        layout = group_major(labels)
+    def _within(self, embeddings: Tensor, layout: BatchLayout) -> Tensor:
         self._check_samples(layout.num_samples)
         groups = embeddings[layout.order].view(layout.num_samples, layout.num_classes, -1)
         own = torch.arange(layout.num_classes, device=embeddings.device)

@@ -12,28 +12,6 @@ from gcahng.layout import check_labels, group_major
 from gcahng.losses.n_pair import LENGTH_WEIGHT
 
 
-def synthetic_loss_from_scores(z: Tensor, scores: Tensor, square_sum: Tensor, num_samples: int) -> Tensor:
-    """J_syn: every sample once an anchor, its positive against the synthetic negatives of the other classes.
-
-    Cross-entropy over P candidates (own class: z_i · z_pos(i), others: z_i · synthetic_{i,p}), mean over all anchors,
-    plus 3e-3 * 0.25 * (sum ‖z_i‖² / P + mean over the P² candidates of ‖candidate‖²) per group, mean over groups.
-
-    Args:
-        z: (B, D), group-major.
-        scores: (B, P) z_i · synthetic_{i,p}; the own-class column is replaced.
-        square_sum: Sum of ‖synthetic‖² over all (anchor, other class) entries.
-        num_samples: K.
-    """
-    batch, classes = scores.shape
-    positive = z.roll(-classes, 0)
-    own = torch.arange(batch, device=z.device) % classes
-    is_own = F.one_hot(own, classes).bool()
-    logits = torch.where(is_own, (z * positive).sum(1, keepdim=True), scores)
-    anchor_lengths = z.square().sum() / (num_samples * classes)
-    candidate_lengths = (square_sum + positive.square().sum()) / (num_samples * classes**2)
-    return F.cross_entropy(logits, own) + LENGTH_WEIGHT * (anchor_lengths + candidate_lengths)
-
-
 def _group_major_rows(z: Tensor, synthetic: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """Both with their rows group-major; columns already stand in the order of first appearance."""
     if synthetic.dim() != 3 or synthetic.shape[::2] != z.shape:
@@ -63,20 +41,27 @@ def _own_class(synthetic: Tensor) -> Tensor:
 
 
 def synthetic_n_pair_loss(z: Tensor, synthetic: Tensor, labels: Tensor | None = None) -> Tensor:
-    """J_syn from a full table of synthetic negatives, see `synthetic_loss_from_scores`.
+    """J_syn: every sample once an anchor, its positive against the synthetic negatives of the other classes.
+
+    Cross-entropy over P candidates (own class: z_i · z_pos(i), others: z_i · synthetic_{i,p}), mean over all anchors,
+    plus 3e-3 * 0.25 * (sum ‖z_i‖² / P + mean over the P² candidates of ‖candidate‖²) per group, mean over groups.
 
     Args:
         z: (B, D).
-        synthetic: (B, P, D) as `gcahng.generation.generate_negatives` makes it.
+        synthetic: (B, P, D) as `gcahng.generation.generate_negatives` makes it; the own-class column does not count.
         labels: (B,) int64 for a batch in any order; without them the batch must be group-major.
     Raises:
         InputError: Shapes do not fit, or the classes have different numbers of samples.
     """
     z, synthetic = _group_major_rows(z, synthetic, labels)
-    others = ~_own_class(synthetic)
+    batch, classes = synthetic.shape[:2]
+    is_own = _own_class(synthetic)
+    positive = z.roll(-classes, 0)
     scores = torch.einsum("id,ipd->ip", z, synthetic)
-    square_sum = (synthetic.square().sum(-1) * others).sum()
-    return synthetic_loss_from_scores(z, scores, square_sum, z.shape[0] // synthetic.shape[1])
+    logits = torch.where(is_own, (z * positive).sum(1, keepdim=True), scores)
+    entropy = F.cross_entropy(logits, torch.arange(batch, device=z.device) % classes)
+    square_sum = (synthetic.square().sum(-1) * ~is_own).sum() + positive.square().sum()
+    return entropy + LENGTH_WEIGHT * (z.square().sum() / batch + square_sum / (batch * classes))
 
 
 def classification_loss(logits: Tensor, class_labels: Tensor) -> Tensor:
@@ -97,17 +82,12 @@ def similarity_loss(z: Tensor, synthetic: Tensor, labels: Tensor | None = None) 
     return (away * ~_own_class(synthetic)).mean()
 
 
-def diversity_from_spread(spread: Tensor, batch_size: int) -> Tensor:
-    """J_div = 1 - sqrt(spread / B²) from the summed squared deviations of the coefficients.
+def diversity_loss(pull_coefficients: Tensor) -> Tensor:
+    """J_div of a full (B, B, D) table: 1 - sqrt(sum_{ij,c} (lambda - mean_j lambda)² / B²).
 
     The square root has no finite gradient at 0 (all coefficients alike); there the gradient is 0.
     """
-    positive = spread > 0
-    root = torch.where(positive, spread, torch.ones_like(spread)).sqrt() / batch_size
-    return 1 - torch.where(positive, root, torch.zeros_like(root))
-
-
-def diversity_loss(pull_coefficients: Tensor) -> Tensor:
-    """J_div of a full (B, B, D) table: 1 - sqrt(sum_{ij,c} (lambda - mean_j lambda)² / B²)."""
     spread = (pull_coefficients - pull_coefficients.mean(1, keepdim=True)).square().sum()
-    return diversity_from_spread(spread, pull_coefficients.shape[0])
+    positive = spread > 0
+    root = torch.where(positive, spread, torch.ones_like(spread)).sqrt() / pull_coefficients.shape[0]
+    return 1 - torch.where(positive, root, torch.zeros_like(root))

@@ -4,6 +4,7 @@ The step names its parts ("metric_model", "metric_loss", "graph", "classifier") 
 scaler or a wrapper itself. This file holds the backend of one process; distributed ones offer the same methods.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gcahng.errors import ConfigError, TrainingError
-from gcahng.training.optimizers import PassGate
+from gcahng.errors import ConfigError
+from gcahng.training.finite_checks import DeferredChecks, FiniteChecks, ImmediateChecks
+from gcahng.training.optimizers import PassGate, obeys_gate
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -26,6 +28,10 @@ class Backend(Protocol):
     @property
     def matmul_dtype(self) -> torch.dtype | None:
         """Dtype of matrix products, None for the tensors' own."""
+
+    @property
+    def checks(self) -> FiniteChecks:
+        """What keeps parameters from moving on numbers that are not finite."""
 
     def has(self, name: str) -> bool:
         """Whether the run has this part."""
@@ -54,6 +60,7 @@ class PlainBackend:
         *,
         device: torch.device | str = "cpu",
         precision: Precision = "fp32",
+        deferred_checks: bool = False,
     ) -> None:
         """
         Args:
@@ -62,6 +69,8 @@ class PlainBackend:
             gates: The pass gate of each optimiser (see `gcahng.training.optimizers`).
             device: Where the parts are.
             precision: Of matrix products.
+            deferred_checks: Find numbers that are not finite without waiting for the device (`DeferredChecks`): for
+                optimisers that are fused, and a caller that calls `checks.finish()` after the last step.
         Raises:
             ConfigError: fp16 without CUDA.
         """
@@ -76,6 +85,7 @@ class PlainBackend:
             "bf16": torch.bfloat16,
             "fp16": torch.float16,
         }[precision]
+        self.checks: FiniteChecks = DeferredChecks(self.device) if deferred_checks else ImmediateChecks()
         self.scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
 
     def has(self, name: str) -> bool:
@@ -93,36 +103,41 @@ class PlainBackend:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def step(self, names: Sequence[str], reach: str) -> None:
-        present = [name for name in names if name in self.optimizers]
-        if self.scaler is None:
+        present = {name: self.optimizers[name] for name in names if name in self.optimizers}
+        try:
             self._check_gradients(present, reach)
-        for name in present:
-            self.gates[name].active = reach
-            if self.scaler is None:
-                self.optimizers[name].step()
-            else:
-                self.scaler.unscale_(self.optimizers[name])
-                self.scaler.step(self.optimizers[name])
+            for name, optimizer in present.items():
+                self.gates[name].active = reach
+                self._move(optimizer)
+        finally:
+            for optimizer in present.values():
+                optimizer.zero_grad(set_to_none=True)
         if self.scaler is not None:
             self.scaler.update()
-        for name in present:
-            self.optimizers[name].zero_grad(set_to_none=True)
 
-    def _check_gradients(self, names: Sequence[str], reach: str) -> None:
-        """Raise before any parameter moves, and drop the gradients, if one of them is not finite."""
-        groups = {name: [g["params"] for g in self.optimizers[name].param_groups] for name in names}
-        for name, parameter_groups in groups.items():
-            gradients = [p.grad for group in parameter_groups for p in group if p.grad is not None]
-            if not gradients:
-                continue
-            norms = torch.stack(torch._foreach_norm(gradients, ord=float("inf")))
-            if not bool(torch.isfinite(norms).all()):
-                for each in names:
-                    self.optimizers[each].zero_grad(set_to_none=True)
-                raise TrainingError(
-                    f"Gradients of `{name}` are not finite in the {reach} pass; no parameter was moved. "
-                    "Lower the learning rate, or train with precision fp32."
-                )
+    def _check_gradients(self, optimizers: Mapping[str, Optimizer], reach: str) -> None:
+        """Before any parameter moves: raise, or close the gate, if a gradient is not finite."""
+        # A loss scaler looks at gradients itself: those that overflow are its business.
+        checked = {} if self.scaler is not None else {name: _gradients(o) for name, o in optimizers.items()}
+        self.checks.gradients(checked, reach)
+        if not all(obeys_gate(optimizer) for optimizer in optimizers.values()):
+            self.checks.settle()
+
+    def _move(self, optimizer: Optimizer) -> None:
+        gate = self.checks.gate
+        if self.scaler is not None:
+            if gate is not None:
+                _spoil(_gradients(optimizer), gate)
+            self.scaler.unscale_(optimizer)
+            self.scaler.step(optimizer)
+        elif gate is not None and obeys_gate(optimizer):
+            optimizer.found_inf = gate  # type: ignore[attr-defined]
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.found_inf  # type: ignore[attr-defined]
+        else:
+            optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
         """The scaler's state; optimisers and modules are saved by their own names."""
@@ -131,3 +146,14 @@ class PlainBackend:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.scaler is not None and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _spoil(gradients: Sequence[Tensor], gate: Tensor) -> None:
+    """Make the smallest gradient NaN where the gate is closed: a loss scaler then skips the move."""
+    if gradients:
+        smallest = min(gradients, key=Tensor.numel)
+        smallest.masked_fill_(gate.bool(), math.nan)

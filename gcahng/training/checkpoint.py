@@ -181,7 +181,7 @@ def load_module(module: nn.Module, folder: Path, name: str) -> None:
 
 
 def load_optimizer(optimizer: Optimizer, folder: Path, name: str) -> None:
-    """Load one optimiser's state.
+    """Load one optimiser's state; whether it is fused stays as it is.
 
     Raises:
         DataError: The file is missing, or holds other things than tensors and plain values.
@@ -196,6 +196,9 @@ def load_optimizer(optimizer: Optimizer, folder: Path, name: str) -> None:
             f"{file} holds more than tensors and plain values: it is not read, since that could run code. "
             "Use train.init_from."
         ) from error
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False):
+        if "fused" in own:
+            saved["fused"] = own["fused"]  # belongs to the device of this run, not to the checkpoint's
     optimizer.load_state_dict(state)
 
 

@@ -93,6 +93,7 @@ LIMITS: tuple[tuple[str, Limit], ...] = (
     ("graph.num_layers", _at_least(1)),
     ("graph.num_heads", _at_least(1)),
     ("graph.dropout", _SHARE),
+    ("graph.neighbours", _at_least(1)),
     ("generation.alpha", _NOT_NEGATIVE),
     ("generation.beta", _NOT_NEGATIVE),
     ("generation.weights.*", _NOT_NEGATIVE),
@@ -185,10 +186,14 @@ RELATIONS: tuple[Relation, ...] = (
         "must divide model.embedding_dim ({1}): got {0}. Change one of the two",
     ),
     Relation(
-        ("graph.edge_dropout", "graph.backend"),
-        lambda dropout, backend: dropout == "independent" and backend == "pairs",
-        "must be tied with graph.backend=pairs, which holds one mask per unordered pair: got {0}. "
-        "Set graph.backend=scatter or auto",
+        ("graph.neighbours", "graph.enabled"),
+        lambda neighbours, enabled: neighbours is not None and not enabled,
+        "is about the edges of the graph network, but graph.enabled is false: got {0}. Set it to null",
+    ),
+    Relation(
+        ("graph.neighbours", "graph.backend"),
+        lambda neighbours, backend: neighbours is not None and backend == "scatter",
+        "must be null with graph.backend=scatter, which computes every pair: got {0}. Set graph.backend=auto",
     ),
     Relation(
         ("generation.coefficients", "generation.enabled", "graph.enabled"),

@@ -127,12 +127,19 @@ class GraphConfig:
     """Probability of dropping an attention weight of the edge blocks in training."""
     edge_dropout: Literal["tied", "independent"] = "tied"
     """One mask per unordered pair, or one per direction as in the released code."""
-    backend: Literal["auto", "pairs", "scatter"] = "auto"
-    """Edge stage: blocks of unordered pairs, the plain edge list, or the fastest that fits."""
+    backend: Literal["auto", "triton", "compiled", "eager", "scatter"] = "auto"
+    """Who computes the edges: fused Triton kernels, functions of torch.compile or plain torch, all three over blocks
+    of unordered pairs; the plain list of all edges, slow; or the fastest that fits."""
     node_propagation: bool = True
     """False: nodes exchange no messages; an edge sees only its two ends."""
     edge_to_node: bool = True
     """False: edges do not feed back into nodes (no sum over a node's edges)."""
+    neighbours: int | None = None
+    """Each sample keeps its edges to so many nearest other classes, for batches of tens of thousands: all losses are
+    over these edges alone. null, or P - 1 and above: every pair."""
+    edge_aggregation: Literal["sum", "mean", "scaled"] = "sum"
+    """How a node's edge messages come together: their sum as released, which grows with B; their mean; or the sum
+    times 80 / B, which acts like a batch of 80 at every B."""
     norm: Literal["gelu_layer_norm", "layer_norm"] = "gelu_layer_norm"
     """Normalisation in the blocks: LayerNorm(GELU(x)) as released, LayerNorm(x) as in the paper."""
 

@@ -45,6 +45,8 @@ def convert(value: Any, expected: Any) -> Any:
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _PLURALS = {int: "whole numbers", float: "numbers"}
+# Words of earlier versions.
+_RENAMED = {"pairs": "eager"}
 
 
 def _convert_choice(value: Any, choices: tuple[str, ...]) -> Any:
@@ -52,6 +54,8 @@ def _convert_choice(value: Any, choices: tuple[str, ...]) -> Any:
         return value
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.7)
     hint = f" (did you mean `{near[0]}`?)" if near else ""
+    if isinstance(value, str) and _RENAMED.get(value) in choices:
+        hint = f" (`{value}` is now called `{_RENAMED[value]}`)"
     raise Mismatch(f"one of {', '.join(choices)}{hint}")
 
 

@@ -58,6 +58,29 @@ def clip_by_value(optimizer: Optimizer, bound: float) -> None:
     optimizer.register_step_pre_hook(clamp)
 
 
+def obeys_gate(optimizer: Optimizer) -> bool:
+    """Whether the optimiser moves nothing while its `found_inf` is 1, as torch's fused ones do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def start_momentum(optimizer: Optimizer) -> None:
+    """Begin momentum at zero, before each step of a fused SGD, wherever there is none yet.
+
+    The first step is then the gradient itself, as it should be. Left to itself the fused step keeps uninitialised
+    memory as momentum when its first move is skipped, and fails when a parameter joins later (after a warm-up).
+    """
+
+    def fill(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if group["momentum"] and parameter.grad is not None:
+                    state = optimizer.state[parameter]
+                    if state.get("momentum_buffer") is None:
+                        state["momentum_buffer"] = torch.zeros_like(parameter)
+
+    optimizer.register_step_pre_hook(fill)
+
+
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Parameter groups of a part; a graph network's are named by the passes that reach them."""
     if isinstance(module, GraphNetwork):
@@ -67,21 +90,34 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def build_optimizer(
-    module: nn.Module, settings: OptimizerConfig, *, clip_value: float | None = None
+    module: nn.Module, settings: OptimizerConfig, *, clip_value: float | None = None, fused: bool = False
 ) -> tuple[Optimizer, PassGate]:
-    """The optimiser of a part, with its pass gate and clipping attached."""
-    optimizer = _make(settings, parameter_groups(module))
+    """The optimiser of a part, with its pass gate and clipping attached.
+
+    Args:
+        module: The part.
+        settings: Of the optimiser.
+        clip_value: Bound of gradient entries; None for none.
+        fused: One kernel for all parameters, for "adamw" and "sgd": fast on CUDA, and what `DeferredChecks` of
+            `gcahng.training.finite_checks` ask for. Other numbers by rounding alone.
+    """
+    optimizer = _make(settings, parameter_groups(module), fused)
     gate = PassGate(optimizer)
+    if fused and settings.name == "sgd":
+        start_momentum(optimizer)
     if clip_value is not None:
         clip_by_value(optimizer, clip_value)
     return optimizer, gate
 
 
-def _make(settings: OptimizerConfig, groups: Iterable[dict[str, Any]]) -> Optimizer:
+def _make(settings: OptimizerConfig, groups: Iterable[dict[str, Any]], fused: bool) -> Optimizer:
+    common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if fused:
+        common["fused"] = True  # else torch's own choice
     if settings.name == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW(groups, **common)
     if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
+        return torch.optim.SGD(groups, momentum=settings.momentum, **common)
     return _make_own(settings, groups)
 
 

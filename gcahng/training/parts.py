@@ -137,14 +137,25 @@ def build_modules(config: Config, num_classes: int, *, load_weights: bool = True
             norm=config.graph.norm,
             node_propagation=config.graph.node_propagation,
             edge_to_node=config.graph.edge_to_node,
+            edge_aggregation=config.graph.edge_aggregation,
         )
     if config.generation.enabled:
         makers["classifier"] = lambda: nn.Linear(dim, num_classes)
     return {name: _seeded(config.seed, name, make) for name, make in makers.items()}
 
 
-def build_parts(config: Config, modules: Mapping[str, nn.Module], device: torch.device) -> RunParts:
-    """Move the modules to their device and make optimisers and schedules."""
+def build_parts(
+    config: Config, modules: Mapping[str, nn.Module], device: torch.device, *, fused: bool | None = None
+) -> RunParts:
+    """Move the modules to their device and make optimisers and schedules.
+
+    Args:
+        config: Of the run.
+        modules: Parts by name.
+        device: Of the run.
+        fused: Whether optimisers are fused (see `build_optimizer`); by default on CUDA.
+    """
+    fused = device.type == "cuda" if fused is None else fused
     optimizers: dict[str, Optimizer] = {}
     gates: dict[str, PassGate] = {}
     schedules: dict[str, LRScheduler] = {}
@@ -154,19 +165,29 @@ def build_parts(config: Config, modules: Mapping[str, nn.Module], device: torch.
             continue
         settings = getattr(config.optim, OPTIMIZER_OF[name])
         clip = config.optim.clip_value if name in _CLIPPED else None
-        optimizers[name], gates[name] = build_optimizer(module, settings, clip_value=clip)
+        optimizers[name], gates[name] = build_optimizer(module, settings, clip_value=clip, fused=fused)
         schedules[name] = build_schedule(optimizers[name], settings.schedule, config.train.epochs)
     return RunParts(dict(modules), optimizers, gates, schedules)
 
 
-def build_step(config: Config, parts: RunParts, device: torch.device) -> tuple[TrainingStep, PlainBackend]:
-    """The training step on a backend of one process."""
+def build_step(
+    config: Config, parts: RunParts, device: torch.device, *, deferred_checks: bool | None = None
+) -> tuple[TrainingStep, PlainBackend]:
+    """The training step on a backend of one process.
+
+    Args:
+        config: Of the run.
+        parts: What is trained.
+        device: Where the parts are.
+        deferred_checks: Whether the step never waits for the device (see `PlainBackend`); by default on CUDA.
+    """
     backend = PlainBackend(
         parts.modules,
         parts.optimizers,
         parts.gates,
         device=device,
         precision=config.train.precision,
+        deferred_checks=device.type == "cuda" if deferred_checks is None else deferred_checks,
     )
     weights = config.generation.weights
     settings: dict[str, Any] = {
@@ -176,6 +197,7 @@ def build_step(config: Config, parts: RunParts, device: torch.device) -> tuple[T
         "channel_coefficients": config.generation.coefficients == "channel",
         "alpha": config.generation.alpha,
         "beta": config.generation.beta,
+        "neighbours": config.graph.neighbours,
         "normalised_distance": config.generation.normalised_distance,
         "classifier_weight": weights.classifier,
         "classification_weight": weights.classification,

@@ -9,6 +9,7 @@ from pathlib import Path
 from gcahng.components import is_component_path, load_component
 from gcahng.data.shards.reader import load_manifest
 from gcahng.errors import ConfigError, InputError
+from gcahng.graph.backends import require_backend
 from gcahng.models import check_backbone_name
 from gcahng.training import checkpoint
 from gcahng.training.config import Config
@@ -42,6 +43,8 @@ def _checks(config: Config, starts_anew: bool) -> Iterator[Callable[[], object]]
     yield lambda: load_manifest(data_store(config.data))
     yield lambda: check_backbone_name(config.model.backbone)
     yield lambda: choose_device(config.train.device)
+    if config.graph.enabled:
+        yield lambda: _graph_backend(config)
     own = [config.loss.metric, config.batch.sampler]
     optim = config.optim
     own += [part.name for part in (optim.metric_model, optim.graph, optim.classifier, optim.proxies)]
@@ -61,6 +64,14 @@ def _starts_anew(config: Config) -> bool:
     if config.train.resume == "auto":
         return checkpoint.newest_checkpoint(Path(config.run.dir)) is None
     return config.train.resume == "never"
+
+
+def _graph_backend(config: Config) -> None:
+    try:
+        device = choose_device(config.train.device)
+    except ConfigError:
+        return  # reported by itself
+    require_backend(config.graph.backend, device)
 
 
 def _weight_file(path: str) -> None:

@@ -12,28 +12,26 @@ generation the phases shrink to what is left; a metric-loss baseline is phase 1 
 Letters: B = P * K samples group-major, P classes, K samples per class, D channels.
 """
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gcahng.errors import InputError, TrainingError
-from gcahng.generation.block_losses import (
-    coefficient_row_sums,
-    coefficient_spread,
-    generation_sums,
-    synthetic_scores,
-)
-from gcahng.generation.block_synthesis import BatchSynthesis, class_major_plan, single_coefficients
+from gcahng.errors import InputError
+from gcahng.generation import ConstantClassifier, LossFactors, Synthesis, generation_loss, synthetic_loss
 from gcahng.generation.interpolation import SMALLEST_MEAN_LOSS, Interpolation
-from gcahng.graph import Coefficients, GraphOutput, PairPlan, identity
+from gcahng.graph import Coefficients, GraphOutput, PairPlan, UnitCoefficients, identity
+from gcahng.graph.edge_layout import edge_layout
+from gcahng.graph.neighbours import neighbour_plan
 from gcahng.graph.network import Reducer
-from gcahng.graph.precision import product
-from gcahng.losses import diversity_from_spread, synthetic_loss_from_scores
+from gcahng.graph.pairs import class_major_plan
+from gcahng.layout import BatchLayout
 from gcahng.random import mixing_weights, stream_key
 from gcahng.training.averages import EpochAverages
 from gcahng.training.backend import Backend
@@ -52,6 +50,7 @@ class StepSettings:
         channel_coefficients: Take them from the graph; False: one coefficient 1 for all channels.
         alpha: Hardness pace.
         beta: Trust pace.
+        neighbours: Nearest classes to which an anchor keeps its edges (`gcahng.graph.neighbours`); None: all.
         normalised_distance: The paper's reading of d+ and d-.
         classifier_weight: Factor of the classifier's own cross-entropy.
         classification_weight, similarity_weight, diversity_weight: Factors of J_cls, J_sim and J_div in J_gen.
@@ -63,6 +62,7 @@ class StepSettings:
     channel_coefficients: bool = True
     alpha: float = 5.0
     beta: float = 20.0
+    neighbours: int | None = None
     normalised_distance: bool = False
     classifier_weight: float = 10.0
     classification_weight: float = 20.0
@@ -99,7 +99,8 @@ class TrainingStep:
 
         Args:
             images: (B, 3, height, width), or whatever the metric model takes.
-            labels: (B,) int64 training labels, group-major.
+            labels: (B,) int64 training labels, group-major. They are looked at on the CPU: best left there, for
+                reading them back from another device waits for it.
             averages: Epoch means; this step's losses are added.
             step: Global step, a coordinate of every random draw.
             mixing: (K, K-1) mixing weights for "metric" and "generation", in place of drawn ones.
@@ -107,15 +108,19 @@ class TrainingStep:
             Detached losses and weights by name.
         Raises:
             InputError: The labels are not group-major.
-            TrainingError: An embedding, a loss or a gradient is not finite; no parameter has moved in that phase.
+            NotFinite: An embedding, a loss or a gradient is not finite, here or, where the backend's checks are
+                deferred, in an earlier step; no parameter has moved in that phase or since.
         """
-        self._require_group_major(labels)
-        plan = class_major_plan(labels.numel() // self.settings.num_samples, self.settings.num_samples, images.device)
+        checks = self.backend.checks
+        checks.begin(step)
+        require_group_major(labels, self.settings.num_samples)
+        labels = labels.to(images.device, non_blocking=True)
         rule = Interpolation(self.settings.alpha, averages.metric_loss, self.settings.normalised_distance)
 
         # Phase 1
         z = self.backend.forward("metric_model", images).to(_loss_dtype(images))
-        self._require_finite_rows(z, images)
+        checks.embeddings(z, images)
+        plan = self._plan(z)
         report = self._metric_pass(z, labels, plan, rule, averages, step, mixing)
         z = z.detach()
         if self.settings.generate:
@@ -124,6 +129,7 @@ class TrainingStep:
             # Phase 3
             report |= self._generation_pass(z, labels, plan, rule, step, mixing)
         averages.add(report["metric_loss"], report.get("generation_loss"))
+        checks.end()
         return report
 
     def _metric_pass(
@@ -136,10 +142,10 @@ class TrainingStep:
         step: int,
         mixing: Mapping[str, Tensor] | None,
     ) -> dict[str, Tensor]:
-        metric_loss = self.backend.forward("metric_loss", z, labels)
+        metric_loss = self._metric_loss(z, labels)
         report = {"metric_loss": metric_loss}
         total = metric_loss
-        coefficients: Coefficients = single_coefficients(plan, z)
+        coefficients: Coefficients = _unit_coefficients(plan)
         if self.has_graph:
             graph = self._graph(z, labels, plan, step, METRIC, gradient=False)
             report["node_loss"] = F.cross_entropy(graph.node_logits, labels)
@@ -147,16 +153,13 @@ class TrainingStep:
             if self.graph_generates:
                 coefficients = cast(Coefficients, graph.coefficients)
         if self.settings.generate:
-            batch = self._synthesis(z, plan, rule, step, METRIC, mixing)
-            partial = synthetic_scores(batch, coefficients)
-            scores, squares = self.reduce(partial.scores), self.reduce(partial.square_sum)
-            synthetic_loss = synthetic_loss_from_scores(z, scores, squares, self.settings.num_samples)
+            synthesis = self._synthesis(z, rule, step, METRIC, mixing)
+            report["synthetic_loss"] = synthetic_loss(z, coefficients, synthesis, reduce=self.reduce)
             trust = 1 - math.exp(-self.settings.beta / max(averages.generation_loss, SMALLEST_MEAN_LOSS))
-            total = total + trust * synthetic_loss
+            total = total + trust * report["synthetic_loss"]
             report |= {
-                "synthetic_loss": synthetic_loss,
-                "synthetic_weight": z.new_tensor(trust),
-                "pull_factor": z.new_tensor(rule.factor),
+                "synthetic_weight": z.new_full((), trust),
+                "pull_factor": z.new_full((), rule.factor),
             }
         report["total_loss"] = total
         self._move(total, ("metric_model", "metric_loss", "graph"), METRIC)
@@ -178,27 +181,50 @@ class TrainingStep:
         mixing: Mapping[str, Tensor] | None,
     ) -> dict[str, Tensor]:
         # Without coefficients to learn the loss is still measured: its epoch mean weighs J_syn.
-        with torch.set_grad_enabled(self.graph_generates):
-            coefficients: Coefficients = single_coefficients(plan, z)
-            if self.graph_generates:
-                graph = self._graph(z, labels, plan, step, GENERATION, gradient=True)
-                coefficients = cast(Coefficients, graph.coefficients)
-            batch = self._synthesis(z, plan, rule, step, GENERATION, mixing)
-            sums = generation_sums(batch, coefficients, labels[: batch.num_classes], self._constant_classifier)
-            entries = labels.numel() * batch.num_classes
-            report = {
-                "classification_loss": self.reduce(sums.classification) / entries,
-                "similarity_loss": self.reduce(sums.similarity) / entries,
-            }
-            loss = self.settings.classification_weight * report["classification_loss"]
-            loss = loss + self.settings.similarity_weight * report["similarity_loss"]
-            if self.graph_generates:
-                report["diversity_loss"] = self._diversity(coefficients, plan)
-                loss = loss + self.settings.diversity_weight * report["diversity_loss"]
-            report["generation_loss"] = 0.5 * loss
+        coefficients: Coefficients = _unit_coefficients(plan)
         if self.graph_generates:
-            self._move(report["generation_loss"], ("graph",), GENERATION)
-        return {name: value.detach() for name, value in report.items()}
+            graph = self._graph(z, labels, plan, step, GENERATION, gradient=True)
+            coefficients = cast(Coefficients, graph.coefficients)
+        found = generation_loss(
+            z,
+            coefficients,
+            self._synthesis(z, rule, step, GENERATION, mixing),
+            self._constant_classifier(),
+            labels[: labels.numel() // self.settings.num_samples],
+            LossFactors(
+                self.settings.classification_weight, self.settings.similarity_weight, self.settings.diversity_weight
+            ),
+            reduce=self.reduce,
+        )
+        if self.graph_generates:
+            self._move(found.total, ("graph",), GENERATION)
+        report = {
+            "classification_loss": found.classification,
+            "similarity_loss": found.similarity,
+            "generation_loss": found.total.detach(),
+        }
+        return report if found.diversity is None else report | {"diversity_loss": found.diversity}
+
+    def _plan(self, z: Tensor) -> PairPlan:
+        """The edges of this step: both passes take the same, even though the graph network moves between them."""
+        num_samples, neighbours = self.settings.num_samples, self.settings.neighbours
+        num_classes = z.shape[0] // num_samples
+        if neighbours is None or neighbours >= num_classes - 1:
+            return class_major_plan(num_classes, num_samples, z.device)
+        # The shape of a sparse graph depends on z, which the host waits for: then it can as well know that z is good.
+        self.backend.checks.settle()
+        return neighbour_plan(z.detach(), num_samples, neighbours, low=self.backend.matmul_dtype)
+
+    def _metric_loss(self, z: Tensor, labels: Tensor) -> Tensor:
+        known: dict[str, BatchLayout] = {}
+        takes_layout = "layout" in inspect.signature(self.backend.module("metric_loss").forward).parameters
+        if takes_layout and self.backend.checks.gate is not None:
+            # The loss would look at z and labels again, and wait for them.
+            num_samples = self.settings.num_samples
+            num_classes = labels.numel() // num_samples
+            order = torch.arange(labels.numel(), device=labels.device)
+            known["layout"] = BatchLayout(num_classes, num_samples, order, labels[:num_classes])
+        return cast(Tensor, self.backend.forward("metric_loss", z, labels, **known))
 
     def _graph(
         self, z: Tensor, labels: Tensor, plan: PairPlan, step: int, phase: str, *, gradient: bool
@@ -212,18 +238,18 @@ class TrainingStep:
             need_coefficients=self.graph_generates,
             coefficient_gradient=gradient,
             reduce=self.reduce,
+            check_values=self.backend.checks.gate is None,
         )
         return cast(GraphOutput, output)
 
     def _synthesis(
         self,
         z: Tensor,
-        plan: PairPlan,
         rule: Interpolation,
         step: int,
         phase: str,
         mixing: Mapping[str, Tensor] | None,
-    ) -> BatchSynthesis:
+    ) -> Synthesis:
         num_samples = self.settings.num_samples
         if mixing is None:
             weights = mixing_weights(
@@ -236,63 +262,38 @@ class TrainingStep:
             )
         else:
             weights = mixing[phase]
-        return BatchSynthesis.of(z, plan, num_samples, rule, weights)
+        return Synthesis(num_samples, rule, weights)
 
-    def _diversity(self, coefficients: Coefficients, plan: PairPlan) -> Tensor:
-        row_mean = self.reduce(coefficient_row_sums(coefficients, plan)) / plan.batch_size
-        spread = self.reduce(coefficient_spread(coefficients, row_mean, plan))
-        return diversity_from_spread(spread, plan.batch_size)
-
-    def _constant_classifier(self, x: Tensor) -> Tensor:
-        """Logits with the classifier's weights as constants: this pass does not move it."""
+    def _constant_classifier(self) -> ConstantClassifier:
+        """The classifier with its weights as constants: the generation pass does not move it."""
         layer = cast(nn.Linear, self.backend.module("classifier"))
-        bias = None if layer.bias is None else layer.bias.detach()
-        return product(x, layer.weight.detach(), bias, self.backend.matmul_dtype)
+        return ConstantClassifier(layer.weight, layer.bias, self.backend.matmul_dtype)
 
     def _move(self, loss: Tensor, names: tuple[str, ...], reach: str) -> None:
-        if not bool(torch.isfinite(loss)):
-            raise TrainingError(
-                f"The {reach} loss is {float(loss.detach())}; no parameter was moved in this phase. "
-                "Lower the learning rate, or train with precision fp32."
-            )
+        self.backend.checks.loss(loss, reach)
         self.backend.backward(loss)
         self.backend.step(names, reach)
 
-    def _require_group_major(self, labels: Tensor) -> None:
-        num_samples = self.settings.num_samples
-        groups = labels.view(num_samples, -1) if labels.numel() % num_samples == 0 else None
-        if groups is None or not bool((groups == groups[0]).all()) or groups[0].unique().numel() != groups.shape[1]:
-            raise InputError(
-                f"`labels` must be group-major: expected {num_samples} groups of the same distinct classes in the "
-                f"same order, got {labels[:12].tolist()}... Reorder the batch with "
-                "`gcahng.layout.group_major(labels).order`."
-            )
 
-    def _require_finite_rows(self, z: Tensor, images: Tensor) -> None:
-        finite = torch.isfinite(z.detach()).all(1)
-        if bool(finite.all()):
-            return
-        # A norm over the batch spreads one bad image to every embedding: name the images that are bad themselves.
-        whole = torch.isfinite(images.detach()).flatten(1).all(1)
-        good = finite if bool(whole.all()) else whole
-        raise NonFiniteEmbedding(torch.nonzero(~good)[:, 0].tolist())
+def require_group_major(labels: Tensor, num_samples: int) -> None:
+    """Raise InputError unless `labels`, (B,), are `num_samples` groups of the same distinct classes in one order.
 
-
-class NonFiniteEmbedding(TrainingError):
-    """Embeddings of a batch are NaN or infinite.
-
-    Attributes:
-        positions: Of the bad samples in the batch.
+    Nothing but the CPU works at it, so that a check of labels on the CPU waits for no device.
     """
-
-    def __init__(self, positions: list[int]) -> None:
-        self.positions = positions
-        super().__init__(
-            f"{len(positions)} embeddings of the batch are not finite, the first at position {positions[0]}; "
-            "no parameter was moved. Check the images, or lower the learning rate."
+    values = labels.detach().cpu().numpy().reshape(-1)
+    groups = values.reshape(num_samples, -1) if values.size % num_samples == 0 else None
+    if groups is None or not (groups == groups[0]).all() or np.unique(groups[0]).size != groups.shape[1]:
+        raise InputError(
+            f"`labels` must be group-major: expected {num_samples} groups of the same distinct classes in the "
+            f"same order, got {values[:12].tolist()}... Reorder the batch with "
+            "`gcahng.layout.group_major(labels).order`."
         )
 
 
 def _loss_dtype(images: Tensor) -> torch.dtype:
     """Losses are computed in float32, in float64 for float64 input."""
     return torch.float64 if images.dtype == torch.float64 else torch.float32
+
+
+def _unit_coefficients(plan: PairPlan) -> UnitCoefficients:
+    return UnitCoefficients(edge_layout(plan, None, 0))

@@ -7,9 +7,10 @@ A run folder holds `config.yaml` (resolved), `metrics.jsonl`, `tensorboard/`, `s
 import json
 import logging
 import os
-import statistics
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,12 +29,13 @@ from gcahng.training.config import Config, resolved_yaml
 from gcahng.training.data_setup import RunData, build_train_loader, open_data
 from gcahng.training.evaluate_checkpoint import embedding_settings
 from gcahng.training.evaluation import as_row, check_evaluation, evaluate, recall_at_1
+from gcahng.training.finite_checks import MOST_AHEAD, NonFiniteEmbedding
 from gcahng.training.memory import peak_memory_bytes
 from gcahng.training.parts import build_modules, build_parts, build_step, choose_device
 from gcahng.training.preflight import preflight
 from gcahng.training.resume import check_resumable, class_digest
 from gcahng.training.run_log import RunLog
-from gcahng.training.step import NonFiniteEmbedding
+from gcahng.training.step_clock import StepClock
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +96,9 @@ class Trainer:
         self.step, self.backend = build_step(config, self.parts, self.device)
         self.averages = EpochAverages()
         self.progress = Progress()
-        self._seconds: list[tuple[float, float]] = []
+        self._clock = StepClock()
+        # (step, rows of its batch) of the steps that a late finding may be about.
+        self._recent: deque[tuple[int, Tensor]] = deque(maxlen=MOST_AHEAD + 1)
         if self._resume_from is not None:
             self._load(self._resume_from)
 
@@ -137,39 +141,67 @@ class Trainer:
                     log.warning("Skipped: %s", problem)
                 self.progress.skipped += batch.skipped
                 self.progress.repaired += batch.repaired
-                on_device = batch.to(self.device, non_blocking=True)
-                report = self.run_step(on_device.images, on_device.labels, on_device.rows)
+                # Labels and rows are looked at on the CPU; the step sends the labels on.
+                images = batch.images.to(self.device, non_blocking=True)
+                report = self.run_step(images, batch.labels, batch.rows)
                 self.progress.step += 1
+                values = self._read(report) if self.progress.step % self.config.train.log_every == 0 else None
                 ended = time.perf_counter()
-                self._seconds.append((ended - started, loaded - started))
-                if self.progress.step % self.config.train.log_every == 0:
-                    self._log_step(report, epoch, run_log)
-                    bar.set_postfix(loss=f"{float(report['total_loss']):.3f}", refresh=False)
+                self._clock.add(ended - started, loaded - started)
+                if values is not None or self.backend.checks.gate is None:
+                    self._clock.settle()
+                if values is not None:
+                    self._log_step(values, epoch, run_log)
+                    bar.set_postfix(loss=f"{values['total_loss']:.3f}", refresh=False)
                 bar.update()
+                started = time.perf_counter()
                 if number >= total:
                     break
-                started = time.perf_counter()
+            self._finish_checks()
+            self._clock.settle(time.perf_counter() - started)
 
     def run_step(self, images: Tensor, labels: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        """One step on a batch.
+
+        Args:
+            images: (B, 3, H, W) uint8 on the run's device.
+            labels, rows: (B,) int64, best left on the CPU.
+        """
+        self._recent.append((self.progress.step, rows))
         inputs = normalise(images, self.data.transform)
         # Dropout or stochastic depth inside a backbone draws from torch's generators: make them, too, a function of
         # the step, so that a resumed run draws what the undisturbed one would have.
         torch.manual_seed(stream_key(self.config.seed, "model", self.progress.step) >> 1)
-        try:
+        with self._samples_named():
             return self.step(inputs, labels, self.averages, step=self.progress.step)
-        except NonFiniteEmbedding as error:
-            keys = [self.data.shards.key(int(rows[p])) for p in error.positions[:5]]
-            raise TrainingError(f"Step {self.progress.step}: {error} Samples: {', '.join(keys)}.") from error
 
-    def _log_step(self, report: Mapping[str, Tensor], epoch: int, run_log: RunLog) -> None:
-        values: dict[str, Any] = {name: float(value) for name, value in report.items()}
+    def _finish_checks(self) -> None:
+        """Wait for the steps so far, and raise if one of them met numbers that are not finite."""
+        with self._samples_named():
+            self.backend.checks.finish()
+
+    @contextmanager
+    def _samples_named(self) -> Iterator[None]:
+        try:
+            yield
+        except NonFiniteEmbedding as error:
+            rows = next(rows for step, rows in self._recent if step == error.step)
+            keys = [self.data.shards.key(int(rows[p])) for p in error.positions[:5]]
+            raise TrainingError(f"{error} Samples: {', '.join(keys)}.") from error
+
+    def _read(self, report: Mapping[str, Tensor]) -> dict[str, float]:
+        """A report's numbers: one wait for the device, and no number of a step that is not to be trusted."""
+        self._finish_checks()
+        numbers = torch.stack([value.double() for value in report.values()]).tolist()
+        return dict(zip(report, numbers, strict=True))
+
+    def _log_step(self, report: Mapping[str, float], epoch: int, run_log: RunLog) -> None:
+        values: dict[str, Any] = dict(report)
         values["skipped_images"] = self.progress.skipped
         values["repaired_draws"] = self.progress.repaired
         for name, optimizer in self.parts.optimizers.items():
             values[f"lr_{name}"] = float(optimizer.param_groups[0]["lr"])
-        recent = self._seconds[-self.config.train.log_every :]
-        values["step_seconds"] = statistics.mean(total for total, _ in recent)
-        values["data_seconds"] = statistics.mean(waited for _, waited in recent)
+        values["step_seconds"], values["data_seconds"] = self._clock.recent(self.config.train.log_every)
         run_log.write("step", self.progress.step, {"epoch": epoch} | values)
 
     def _evaluate_and_save(self, run_log: RunLog) -> None:
@@ -210,6 +242,7 @@ class Trainer:
                 self.progress.best[split] = row | {"step": self.progress.step}
 
     def _save(self, *, keep_all: bool = False) -> None:
+        self._finish_checks()
         folder = checkpoint.save_checkpoint(
             self.run_dir,
             self.progress.step,
@@ -298,11 +331,10 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         path = self.run_dir / RESULTS_FILE
-        if not self._seconds and path.is_file():  # resumed after its end: keep what was measured then
+        if not self._clock and path.is_file():  # resumed after its end: keep what was measured then
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if found["steps"] == self.progress.step:
                 return found
-        steady = [total for total, _ in self._seconds[len(self._seconds) // 10 :]]
         best_test = self.progress.best.get("test")
         results = {
             "last": self.progress.last.get("test"),
@@ -311,7 +343,7 @@ class Trainer:
             "steps": self.progress.step,
             "skipped_images": self.progress.skipped,
             "repaired_draws": self.progress.repaired,
-            "seconds_per_step": statistics.median(steady) if steady else None,
+            "seconds_per_step": self._clock.steady(),
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
         partial = path.with_suffix(".partial")

@@ -1,19 +1,23 @@
 """Dropout of the edge attention: what a mask depends on, its law, and its place in the edge block."""
 
-import logging
 import math
 
 import pytest
 import torch
-from maths_cases import Size, batch_of, graph_of
+from edge_cases import rows_of, table_of
+from maths_cases import Size, assert_close, batch_of, graph_of, results
 from torch import Tensor
 from torch.nn import functional as F
 
-from gcahng.graph import reference
+from gcahng.graph import ConstantCoefficients, reference
 from gcahng.graph.blocks import EdgeBlock
 from gcahng.graph.dropout import EdgeDropout
-from gcahng.graph.edge_stage import dense, update_edges
-from gcahng.graph.pairs import pair_plan
+from gcahng.graph.edge_layout import edge_layout
+from gcahng.graph.edge_messages import EdgePass
+from gcahng.graph.edge_source import StoredEdges
+from gcahng.graph.edge_update import EndTerms, update_edges
+from gcahng.graph.kernels import EagerKernels
+from gcahng.graph.pairs import PairChunk, pair_plan
 
 SIDE = 60
 
@@ -79,6 +83,16 @@ def test_a_mask_does_not_depend_on_the_batch_around_it() -> None:
     assert torch.equal(part, whole[[7, 50]][:, [3, 50, 59]])
 
 
+class _AsTheyAre(StoredEdges):
+    """Stored edges without the norm of a layer before."""
+
+    def values(self, chunk: PairChunk) -> Tensor:
+        return self.raw_values(chunk)
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> "_AsTheyAre":
+        return _AsTheyAre(*tensors, self.gelu, self.eps, self.kernels)
+
+
 def edge_block_by_loops(block: EdgeBlock, edges: Tensor, h: Tensor, layer: int, law: EdgeDropout | None) -> Tensor:
     """Edge by edge: softmax over the two ends, dropout, values, feed-forward. (B, B, D)."""
     size, dim = h.shape
@@ -114,26 +128,78 @@ def test_an_edge_block_equals_a_loop(law: str | None) -> None:
     row, column = (t.flatten() for t in torch.meshgrid(*[torch.arange(batch)] * 2, indexing="ij"))
     listed = reference.edge_update(block, edges.flatten(0, 1), h, row, column, 3, dropout)
     torch.testing.assert_close(listed.view_as(want), want, rtol=1e-11, atol=1e-12)
-    if law != "independent":
-        plan = pair_plan(torch.arange(batch), 4)
-        samples = plan.order.view(plan.num_blocks, plan.block_size)
-        chunks = [edges[samples[c.first][:, :, None], samples[c.second][:, None, :]] for c in plan.chunks]
-        updated = update_edges(chunks, h, plan, block, layer=3, dropout=dropout, dtype=None)
-        torch.testing.assert_close(dense(updated, plan), want, rtol=1e-11, atol=1e-12)
+    # The fast path, its edges stored before a norm that leaves them as they are.
+    call = EdgePass(
+        edge_layout(pair_plan(torch.arange(batch), 4), dropout, 4), EagerKernels(), None, torch.float64, 1 << 30
+    )
+    plan = call.layout.plan
+    raw = rows_of(call.layout, edges)
+    source = _AsTheyAre(raw, torch.ones(8).double(), torch.zeros(8).double(), False, 0.0, EagerKernels())
+    with torch.no_grad():
+        terms = EndTerms(*(plan.positions(t) for t in block.end_node_terms(h, None)))
+        new, _ = update_edges(source, terms, block.weights(), block.rule(3, moments=False), call)
+        torch.testing.assert_close(block.norm(table_of(call.layout, new)), want, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["eager", "scatter"])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_coefficients_of_a_pair(layers: int) -> None:
+def test_coefficients_of_a_pair(layers: int, backend: str) -> None:
     size = Size(5, 2, 8, layers, 2)
     z, labels = batch_of(size)
 
     def table(**options: object) -> Tensor:
-        graph = graph_of(size, dropout=0.5, backend="scatter", **options)
+        graph = graph_of(size, dropout=0.5, backend=backend, **options)
         return graph(z, labels, dropout_key=3).pull_coefficients.detach()
 
     tied, independent = table(edge_dropout="tied"), table(edge_dropout="independent")
     torch.testing.assert_close(tied, tied.transpose(0, 1), rtol=0, atol=1e-12)
     assert float((independent - independent.transpose(0, 1)).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("law", ["tied", "independent"])
+def test_the_same_key_gives_the_numbers_of_the_edge_list(law: str, probability: float) -> None:
+    size = Size(5, 2, 8, 3, 2)
+    z, labels = batch_of(size)
+    options = {"dropout": probability, "edge_dropout": law}
+    for key in (0, 2**64 - 1):
+        got = results(graph_of(size, backend="eager", **options), z, labels, dropout_key=key)
+        assert_close(got, results(graph_of(size, backend="scatter", **options), z, labels, dropout_key=key))
+
+
+def keyed_tables(law: str, keys: int) -> Tensor:
+    """One channel's coefficients before the sigmoid under many keys: (keys, B, B)."""
+    size = Size(3, 2, 4, 1, 1)
+    z, labels = batch_of(size)
+    # In evaluation the read-out would see no dropout, in training its statistics would mix the edges: the raw edges.
+    graph = graph_of(size, dropout=0.1, edge_dropout=law)
+    found = []
+    with torch.no_grad():
+        for key in range(keys):
+            coefficients = graph(z, labels, dropout_key=key).coefficients
+            assert isinstance(coefficients, ConstantCoefficients)
+            # Under the batch statistics a logit is an affine map of its own edge, the same for all edges of a key.
+            found.append(table_of(coefficients.layout, coefficients.logits())[..., 0])
+    return torch.stack(found)
+
+
+def test_moments_of_the_two_laws_in_the_graph() -> None:
+    """Per edge both laws are one; e_ij and e_ji go together under "tied" and hardly at all under "independent"."""
+    keys = 120
+    tied, independent = keyed_tables("tied", keys), keyed_tables("independent", keys)
+    spread = torch.sqrt((tied.var(0) + independent.var(0)) / keys)
+    assert float(((tied.mean(0) - independent.mean(0)).abs() / spread).max()) < 4.5
+    assert torch.equal(tied, tied.transpose(1, 2))
+    above = torch.triu_indices(6, 6, offset=1)
+
+    def directions_together(tables: Tensor) -> float:
+        centred = tables - tables.mean(0)
+        one, other = centred[:, above[0], above[1]], centred[:, above[1], above[0]]
+        return float((one * other).mean() / torch.sqrt(one.square().mean() * other.square().mean()))
+
+    assert directions_together(tied) == pytest.approx(1)
+    # What is left is the batch statistics, which both edges of a key share.
+    assert abs(directions_together(independent)) < 0.4
 
 
 def test_evaluation_drops_nothing() -> None:
@@ -143,13 +209,3 @@ def test_evaluation_drops_nothing() -> None:
     for key in (1, 2):
         got = graph(z, labels, dropout_key=key).pull_coefficients
         assert torch.equal(got, without(z, labels).pull_coefficients)
-
-
-def test_the_backend_is_chosen_by_the_dropout(caplog: pytest.LogCaptureFixture) -> None:
-    size = Size(2, 2, 4, 1, 1)
-    assert graph_of(size).backend == "pairs"
-    assert graph_of(size, edge_dropout="independent", dropout=0.0).backend == "pairs"
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING, logger="gcahng.graph.network"):
-        assert graph_of(size, edge_dropout="independent").backend == "scatter"
-    assert "'scatter', since edge_dropout 'independent'" in caplog.messages[0]

@@ -23,12 +23,8 @@ SIZE = Size(4, 2, 8, 2, 2)
         ({"dropout": 1.0}, r"`dropout` must lie in \[0, 1\): got 1.0"),
         ({"dropout": -0.1}, r"`dropout` must lie in \[0, 1\): got -0.1"),
         ({"edge_dropout": "both"}, "`edge_dropout` must be one of tied, independent: got 'both'"),
-        ({"backend": "dense"}, "`backend` must be one of auto, pairs, scatter: got 'dense'"),
+        ({"backend": "dense"}, "`backend` must be one of auto, triton, compiled, eager, scatter: got 'dense'"),
         ({"norm": "none"}, "`norm` must be one of gelu_layer_norm, layer_norm: got 'none'"),
-        (
-            {"backend": "pairs", "edge_dropout": "independent"},
-            "needs edge_dropout 'tied': got 'independent'. Use backend 'scatter' or 'auto'",
-        ),
     ],
 )
 def test_arguments_out_of_range(change: dict[str, object], message: str) -> None:
@@ -75,7 +71,7 @@ def test_integer_labels_of_any_width() -> None:
 
 def test_output_shapes() -> None:
     z, labels = batch_of(SIZE)
-    for backend in ("pairs", "scatter"):
+    for backend in ("eager", "scatter"):
         output = graph_of(SIZE, backend=backend)(z, labels)
         assert output.node_logits.shape == (8, 11)
         assert output.pull_coefficients.shape == (8, 8, 8)
@@ -117,7 +113,7 @@ def test_a_switched_off_part_has_no_parameters() -> None:
     assert [n for n in names if "node_blocks.0.query" in n]
 
 
-@pytest.mark.parametrize("backend", ["pairs", "scatter"])
+@pytest.mark.parametrize("backend", ["eager", "scatter"])
 def test_without_node_propagation_an_edge_sees_its_two_ends_only(backend: str) -> None:
     z, labels = batch_of(SIZE)
     graph = graph_of(SIZE, backend=backend, node_propagation=False, dropout=0.0).eval()
@@ -131,7 +127,7 @@ def test_without_node_propagation_an_edge_sees_its_two_ends_only(backend: str) -
     assert bool((gradient.abs().amax(1) > 1e-12).all())
 
 
-@pytest.mark.parametrize("backend", ["pairs", "scatter"])
+@pytest.mark.parametrize("backend", ["eager", "scatter"])
 def test_without_the_edge_to_node_sum_nodes_ignore_edges(backend: str) -> None:
     z, labels = batch_of(SIZE)
     graph = graph_of(SIZE, backend=backend, edge_to_node=False, dropout=0.0)
@@ -143,7 +139,7 @@ def test_without_the_edge_to_node_sum_nodes_ignore_edges(backend: str) -> None:
     assert torch.equal(graph(z, labels).node_logits, logits)
 
 
-@pytest.mark.parametrize("backend", ["pairs", "scatter"])
+@pytest.mark.parametrize("backend", ["eager", "scatter"])
 def test_the_key_bias_of_the_edge_attention_has_a_zero_gradient(backend: str) -> None:
     # It shifts both scores of an edge alike. None would keep it out of weight decay.
     z, labels = batch_of(SIZE)
@@ -153,6 +149,6 @@ def test_the_key_bias_of_the_edge_attention_has_a_zero_gradient(backend: str) ->
         gradient = block.key.bias.grad
         assert gradient is not None
         other = float(block.value.bias.grad.abs().max())
-        if backend == "pairs":
+        if backend == "eager":
             assert float(gradient.abs().max()) == 0  # exactly: Adam would blow up rounding noise
         assert float(gradient.abs().max()) < 1e-12 * max(other, 1.0)

@@ -1,11 +1,15 @@
 """float32 and bfloat16: how far the fast path is from float64, beside the plain edge list."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from maths_cases import Size, batch_of, errors, graph_of, plan_of, results
 
-from gcahng.graph import GraphNetwork, edge_stage
-from gcahng.graph.precision import autocast_dtype, product
+from gcahng.graph import GraphNetwork, PairCoefficients, network
+from gcahng.graph.edge_messages import EdgePass
+from gcahng.graph.edge_update import EndTerms
+from gcahng.graph.precision import autocast_dtype, product, without_autocast
 
 CASES = {
     "released": (Size(9, 3, 32, 2, 4), {}),
@@ -46,7 +50,7 @@ def test_float32_error_is_that_of_the_plain_edge_list(case: str) -> None:
             return results(graph, z.to(dtype), labels, dropout_key=seed, plan=plan)  # noqa: B023
 
         exact = run("scatter", torch.float64)
-        for backend, total in (("pairs", fast_error), ("scatter", plain_error)):
+        for backend, total in (("eager", fast_error), ("scatter", plain_error)):
             for name, error in worst(errors(run(backend, torch.float32), exact)).items():
                 total[name] = total.get(name, 0.0) + error
     for name, error in fast_error.items():
@@ -73,7 +77,7 @@ def test_autocast_is_asked_for_the_dtype() -> None:
             assert autocast_dtype(single) is None
 
 
-@pytest.mark.parametrize("backend", ["pairs", "scatter"])
+@pytest.mark.parametrize("backend", ["eager", "scatter"])
 @pytest.mark.parametrize("size", [Size(9, 3, 32, 1, 4), Size(9, 3, 64, 2, 4)], ids=str)
 def test_bfloat16_stays_close(size: Size, backend: str) -> None:
     """Outputs and gradients of a network at its start, as Frobenius norms."""
@@ -101,19 +105,63 @@ def test_edges_stay_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> N
     z, labels = batch_of(size)
     graph = graph_of(size).float()
     seen: list[torch.dtype] = []
-    original = edge_stage.update_edges
+    original = network.update_edges
 
-    def watch(edges: list[torch.Tensor], h: torch.Tensor, *rest: object, **options: object) -> object:
-        updated = original(edges, h, *rest, **options)  # type: ignore[arg-type]
-        seen.extend(t.dtype for t in [*edges, h, *updated])
-        assert options["dtype"] == torch.bfloat16
-        return updated
+    def watch(source: object, terms: EndTerms, weights: object, rule: object, call: EdgePass) -> object:
+        raw, moments = original(source, terms, weights, rule, call)  # type: ignore[arg-type]
+        seen.extend(t.dtype for t in (terms.direction, terms.offset, terms.value, raw))
+        assert call.low == torch.bfloat16
+        return raw, moments
 
-    monkeypatch.setattr(edge_stage, "update_edges", watch)
+    monkeypatch.setattr(network, "update_edges", watch)
     with torch.autocast("cpu", torch.bfloat16):
-        graph(z.float(), labels, dropout_key=1)
+        output = graph(z.float(), labels, dropout_key=1)
     assert set(seen) == {torch.float32}
-    assert len(seen) >= 6
+    assert len(seen) == 8
+    assert isinstance(output.coefficients, PairCoefficients)
+    assert {t.dtype for t in output.coefficients.read_out.tensors} == {torch.float32}
+
+
+def gradients(graph: GraphNetwork, z: torch.Tensor, labels: torch.Tensor, *, inside: bool) -> dict[str, torch.Tensor]:
+    """Gradients under autocast, the backward pass inside the region or behind it."""
+    graph.zero_grad(set_to_none=True)
+    z = z.detach().clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = graph(z, labels, dropout_key=1)
+        loss = output.node_logits.square().sum() + output.pull_coefficients.square().sum()
+        with torch.autocast("cpu", enabled=False) if not inside else nullcontext():
+            loss.backward()
+    assert z.grad is not None
+    return {"z": z.grad} | {n: p.grad.clone() for n, p in graph.named_parameters() if p.grad is not None}
+
+
+def test_a_backward_pass_inside_autocast_gives_the_same() -> None:
+    size = Size(5, 2, 16, 2, 2)
+    z, labels = batch_of(size)
+    graph = graph_of(size).float()
+    outside, inside = (gradients(graph, z.float(), labels, inside=flag) for flag in (False, True))
+    assert outside.keys() == inside.keys()
+    for name, gradient in outside.items():
+        if "edge_blocks" in name and "ffn" in name:
+            assert torch.equal(inside[name], gradient), name
+    # A float32 pass whose backward happens to run inside autocast.
+    z = z.float().requires_grad_()
+    loss = graph(z, labels, dropout_key=1).pull_coefficients.square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss.backward()
+    assert z.grad is not None
+    assert torch.isfinite(z.grad).all()
+
+
+def test_without_autocast_passes_everything_on() -> None:
+    @without_autocast
+    def backward(ctx: str, first: torch.Tensor | None, second: torch.Tensor) -> tuple[object, ...]:
+        return ctx, first, second, torch.is_autocast_enabled("cpu")
+
+    with torch.autocast("cpu", torch.bfloat16):
+        one = torch.ones(1)
+        assert backward("ctx", None, one) == ("ctx", None, one, False)
+        assert torch.is_autocast_enabled("cpu")
 
 
 def test_half_precision_input_is_raised_under_autocast() -> None:

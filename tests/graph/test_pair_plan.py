@@ -4,11 +4,10 @@ import itertools
 
 import pytest
 import torch
-from maths_cases import SIZES, Size, graph_of
+from maths_cases import SIZES, Size
 
-from gcahng.generation.block_synthesis import class_major_plan
 from gcahng.graph import PairPlan, block_classes, pair_plan
-from gcahng.graph.edge_stage import dense, edge_square_sum, edge_sum, edge_to_node_sums
+from gcahng.graph.pairs import add_ends, class_major_plan, ends
 
 BATCH = 13
 
@@ -16,7 +15,8 @@ BATCH = 13
 def block_pairs(plan: PairPlan) -> list[tuple[int, int]]:
     found = []
     for chunk in plan.chunks:
-        assert chunk.diagonal == bool((chunk.first == chunk.second).all())
+        assert chunk.mirrored == bool((chunk.first != chunk.second).any())
+        assert not chunk.mirrored or bool((chunk.first < chunk.second).all())
         found += list(zip(chunk.first.tolist(), chunk.second.tolist(), strict=True))
     return found
 
@@ -41,47 +41,40 @@ def test_shares_are_disjoint_complete_and_balanced(blocks: int, ranks: int) -> N
     assert max(lengths) - min(lengths) <= 1
 
 
-def symmetric_table(size: int, dim: int = 3) -> torch.Tensor:
-    table = torch.randn(size, size, dim, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
-    return table + table.transpose(0, 1)
-
-
-def cut(table: torch.Tensor, plan: PairPlan) -> list[torch.Tensor]:
-    """The chunks of a plan out of a (B, B, D) table."""
-    samples = plan.order.view(plan.num_blocks, plan.block_size)
-    return [table[samples[c.first][:, :, None], samples[c.second][:, None, :]] for c in plan.chunks]
-
-
 @pytest.mark.parametrize("block", [1, 3, 5, 13, 16])
-def test_sums_over_the_plan_are_sums_over_all_ordered_edges(block: int) -> None:
-    table = symmetric_table(BATCH)
+def test_ends_and_their_adjoint(block: int) -> None:
     order = torch.randperm(BATCH, generator=torch.Generator().manual_seed(block))
-    plan = pair_plan(order, block)
-    chunks = cut(table, plan)
-    assert torch.equal(dense(chunks, plan), table)
-    torch.testing.assert_close(edge_sum(chunks, plan), table.sum((0, 1)), rtol=1e-12, atol=1e-12)
-    mean = table.mean((0, 1))
-    torch.testing.assert_close(edge_square_sum(chunks, mean, plan), (table - mean).square().sum((0, 1)))
-    into = table.new_zeros(plan.num_blocks, plan.block_size, table.shape[-1])
-    for chunk, edges in zip(plan.chunks, chunks, strict=True):
-        into = plan.sum_to_nodes(chunk, edges, into)
-    torch.testing.assert_close(plan.samples(into), table.sum(1), rtol=1e-12, atol=1e-12)
+    plan = pair_plan(order, block, edges_per_chunk=60)
+    values = torch.randn(BATCH, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    positions = plan.positions(values)
+    assert torch.equal(plan.samples(positions), values)
+    samples = plan.order.view(plan.num_blocks, block)
+    into, product = torch.zeros_like(positions), 0.0
+    for number, chunk in enumerate(plan.chunks):
+        first, second = ends(positions, chunk)
+        assert torch.equal(first, values[samples[chunk.first]])
+        assert torch.equal(second, values[samples[chunk.second]])
+        draw = torch.Generator().manual_seed(number)
+        mix = [torch.randn(first.shape, generator=draw, dtype=torch.float64) for _ in range(2)]
+        product += float((first * mix[0]).sum() + (second * mix[1]).sum())
+        add_ends(into, chunk, mix[0], None)
+        add_ends(into, chunk, None, mix[1])
+    assert float((positions * into).sum()) == pytest.approx(product, rel=1e-12)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_partial_sums_of_the_shares_add_up(ranks: int) -> None:
-    table = symmetric_table(BATCH, dim=4)
-    block = graph_of(Size(2, 2, 4, 1, 1)).node_blocks[0]
-    order = torch.arange(BATCH)
-    whole = pair_plan(order, 3)
-    parts = [pair_plan(order, 3, share=(rank, ranks)) for rank in range(ranks)]
-    for function in (
-        lambda plan: edge_to_node_sums(cut(table, plan), plan, block, None),
-        lambda plan: edge_sum(cut(table, plan), plan),
-        lambda plan: edge_square_sum(cut(table, plan), table.mean((0, 1)), plan),
-    ):
-        added = torch.stack([function(plan) for plan in parts]).sum(0)
-        torch.testing.assert_close(added, function(whole), rtol=1e-12, atol=1e-12)
+def test_chunks_lie_one_after_the_other_in_the_buffer() -> None:
+    plan = pair_plan(torch.arange(BATCH), 4, edges_per_chunk=40)
+    buffer = torch.arange(2.0 * plan.num_rows).view(-1, 2)
+    seen = [chunk.of(buffer) for chunk in plan.chunks]
+    assert torch.equal(torch.cat([rows.flatten(0, 2) for rows in seen]), buffer)
+    assert all(rows.shape == (chunk.first.numel(), 4, 4, 2) for rows, chunk in zip(seen, plan.chunks, strict=True))
+
+
+def test_more_processes_than_pairs_leave_some_an_empty_chunk() -> None:
+    plans = [pair_plan(torch.arange(4), 4, share=(rank, 3)) for rank in range(3)]
+    assert sorted(plan.num_rows for plan in plans) == [0, 0, 16]
+    assert all(len(plan.chunks) == 1 for plan in plans)
+    assert all(plan.edge_count == 16 and plan.dense for plan in plans)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -102,7 +95,8 @@ def test_padding_is_marked_and_not_gathered_back() -> None:
     assert plan.num_blocks == 3
     assert plan.valid is not None
     assert plan.valid.tolist() == [True] * 7 + [False] * 2
-    values = torch.arange(9.0).view(3, 3, 1)
+    assert plan.order.tolist() == [*range(7), 0, 0]
+    values = torch.arange(9.0).view(9, 1)
     assert plan.samples(values)[:, 0].tolist() == list(range(7))
     assert pair_plan(torch.arange(6), 3).valid is None
 
@@ -115,3 +109,14 @@ def test_block_size_wastes_few_edges() -> None:
         batch = classes * samples
         assert computed <= 1.16 * batch * (batch + 1) / 2
         assert plan.block_size == block_classes(classes, samples) * samples
+
+
+def test_a_plan_is_made_once_and_serves_every_mode() -> None:
+    class_major_plan.cache_clear()
+    with torch.inference_mode():
+        made = class_major_plan(3, 2)
+    assert class_major_plan(3, 2) is made
+    assert class_major_plan(3, 2, share=(0, 2)) is not made
+    x = torch.randn(6, 2, requires_grad=True)
+    made.positions(x).sum().backward()  # an index made in inference mode could not be kept for this
+    class_major_plan.cache_clear()

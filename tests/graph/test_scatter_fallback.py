@@ -38,7 +38,7 @@ def run() -> dict[str, torch.Tensor]:
 def test_own_scatter_equals_the_pairs(without_library: None) -> None:
     assert reference.scatter_library() is None
     z, labels = batch_of(SIZE)
-    assert_close(run(), results(graph_of(SIZE, backend="pairs"), z, labels, dropout_key=2))
+    assert_close(run(), results(graph_of(SIZE, backend="eager"), z, labels, dropout_key=2))
 
 
 def test_own_scatter_equals_torch_scatter(library: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,5 +72,5 @@ def test_the_fallback_is_said_once(without_library: None, caplog: pytest.LogCapt
 
 def test_the_fast_path_never_asks_for_the_library(without_library: None, caplog: pytest.LogCaptureFixture) -> None:
     z, labels = batch_of(SIZE)
-    results(graph_of(SIZE, backend="pairs"), z, labels, dropout_key=2)
+    results(graph_of(SIZE, backend="eager"), z, labels, dropout_key=2)
     assert not caplog.records

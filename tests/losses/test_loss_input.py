@@ -1,11 +1,15 @@
 """What the losses refuse: each case ends in one clear error."""
 
+import math
+
 import pytest
 import torch
+from host_waits import noted
 
 from gcahng.errors import InputError
 from gcahng.generation import generate_negatives
-from gcahng.losses import NPairPlusLoss, ProxyAnchorLoss, similarity_loss, synthetic_n_pair_loss
+from gcahng.layout import BatchLayout
+from gcahng.losses import NPairLoss, NPairPlusLoss, ProxyAnchorLoss, similarity_loss, synthetic_n_pair_loss
 
 LABELS = torch.arange(2).repeat(2)
 
@@ -58,3 +62,33 @@ def test_a_table_with_other_columns_than_classes(loss) -> None:
         loss(z, torch.randn(4, 3, 3))
     with pytest.raises(InputError, match=r"`synthetic` must have shape \(B, P, D\)"):
         loss(z, torch.randn(4, 2, 5), LABELS)
+
+
+def grouped(labels: torch.Tensor, num_samples: int) -> BatchLayout:
+    num_classes = labels.numel() // num_samples
+    return BatchLayout(num_classes, num_samples, torch.arange(labels.numel()), labels[:num_classes])
+
+
+@pytest.mark.parametrize("loss", [NPairPlusLoss(), NPairLoss(), ProxyAnchorLoss(9, 3).double()])
+def test_a_known_layout_changes_no_number_and_reads_none(loss) -> None:
+    labels = torch.tensor([7, 2, 4]).repeat(2)
+    values = []
+    for layout in (None, grouped(labels, 2)):
+        z = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        with noted() as waits:
+            value = loss(z, labels, layout=layout)
+            value.backward()
+        assert bool(waits) == (layout is None)
+        values.append((value, z.grad, [p.grad for p in loss.parameters()]))
+        loss.zero_grad(set_to_none=True)
+    torch.testing.assert_close(*values, rtol=0, atol=0)
+    assert loss(torch.full((6, 3), math.nan).double(), labels, layout=grouped(labels, 2)).isnan()
+
+
+def test_shapes_are_checked_with_a_known_layout_too() -> None:
+    layout = grouped(LABELS, 2)
+    for loss in (NPairPlusLoss(), ProxyAnchorLoss(2, 3)):
+        with pytest.raises(InputError, match="one entry per embedding"):
+            loss(torch.randn(5, 3), LABELS, layout=layout)
+    with pytest.raises(InputError, match="exactly twice .* got K = 3"):
+        NPairLoss()(torch.randn(6, 3), torch.arange(2).repeat(3), layout=grouped(torch.arange(2).repeat(3), 3))

@@ -42,7 +42,7 @@ PARTS = {
     "gcahng.random": Part(own=("gcahng.errors",), others=TORCH),
     "gcahng.graph": Part(
         own=("gcahng.errors", "gcahng.layout", "gcahng.random"),
-        others=("torch", "torch_scatter"),
+        others=("torch", "torch_scatter", "triton"),
     ),
     "gcahng.generation": Part(own=("gcahng.errors", "gcahng.layout", "gcahng.random", "gcahng.graph"), others=TORCH),
     "gcahng.losses": Part(own=("gcahng.errors", "gcahng.layout"), others=TORCH),

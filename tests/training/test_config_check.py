@@ -51,8 +51,13 @@ IMPOSSIBLE = [
     ("model__head_init", "zero", "must be one of default, orthogonal: got 'zero'"),
     ("model__pretrained", "yes please", "must be true or false: got 'yes please'"),
     ("graph__num_layers", 0, "must be at least 1: got 0"),
+    ("graph__backend", "cuda", "must be one of auto, triton, compiled, eager, scatter: got 'cuda'"),
+    ("graph__backend", "pairs", "eager, scatter (`pairs` is now called `eager`): got 'pairs'"),
+    ("graph__backend", ["pairs"], "must be one of auto, triton, compiled, eager, scatter: got ['pairs']"),
+    ("graph__edge_aggregation", "max", "must be one of sum, mean, scaled: got 'max'"),
     ("graph__num_heads", 0, "must be at least 1: got 0"),
     ("graph__dropout", 1, "must lie in [0, 1): got 1.0"),
+    ("graph__neighbours", 0, "graph.neighbours (mapping): must be at least 1: got 0"),
     ("graph__norm", "rms", "must be one of gelu_layer_norm, layer_norm: got 'rms'"),
     ("generation__alpha", -1, "must be at least 0: got -1.0"),
     ("generation__beta", float("nan"), "must be finite: got nan"),
@@ -105,9 +110,13 @@ RELATED = [
         "graph.num_heads (default): must divide model.embedding_dim (510): got 4",
     ),
     (
-        {"graph__edge_dropout": "independent", "graph__backend": "pairs"},
-        "must be tied with graph.backend=pairs, which holds one mask per unordered pair: got "
-        "'independent'. Set graph.backend=scatter or auto.",
+        {"graph__enabled": False, "generation__enabled": False, "graph__neighbours": 5},
+        "graph.neighbours (mapping): is about the edges of the graph network, but graph.enabled is false: got 5. "
+        "Set it to null.",
+    ),
+    (
+        {"graph__neighbours": 5, "graph__backend": "scatter"},
+        "must be null with graph.backend=scatter, which computes every pair: got 5. Set graph.backend=auto.",
     ),
     (
         {"graph__enabled": False},
@@ -170,6 +179,7 @@ def test_settings_that_contradict_each_other(settings, message):
         {"graph__enabled": False, "generation__enabled": False, "model__embedding_dim": 510},
         {"graph__enabled": False, "generation__coefficients": "single"},
         {"graph__edge_dropout": "independent", "graph__backend": "scatter"},
+        {"graph__edge_dropout": "independent", "graph__backend": "compiled", "graph__edge_aggregation": "scaled"},
         {"graph__edge_dropout": "independent"},
         {"model__pretrained": True, "model__backbone": "small_conv", "model__weights": "w.pth"},
         {"optim__graph__name": "sgd", "optim__graph__momentum": 0.9},

@@ -10,7 +10,7 @@ from torch import nn
 
 from gcahng.errors import ConfigError
 from gcahng.training.config_schema import OptimizerConfig, ScheduleConfig
-from gcahng.training.optimizers import PassGate, build_optimizer, build_schedule, clip_by_value
+from gcahng.training.optimizers import PassGate, build_optimizer, build_schedule, clip_by_value, obeys_gate
 
 
 def module() -> nn.Linear:
@@ -184,3 +184,60 @@ def test_a_schedule_acts_on_every_group_of_the_graph() -> None:
     case.step_on(backend)(*case.images(), averages_of(), step=0)
     schedule.step()
     assert [group["lr"] for group in optimizer.param_groups] == [case.lr / 2] * 3
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_fused_optimisers_obey_a_gate_and_others_do_not(name: str) -> None:
+    layer = module()
+    settings = OptimizerConfig(name=name, lr=0.3, weight_decay=0.2, momentum=0.0 if name == "adamw" else 0.9)
+    optimizer, _ = build_optimizer(layer, settings, fused=True)
+    assert obeys_gate(optimizer) and not obeys_gate(build_optimizer(module(), settings)[0])
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.3, 0.2)
+    assert not obeys_gate(build_optimizer(module(), OptimizerConfig(name="torch.optim:RMSprop", lr=0.1), fused=True)[0])
+    before = layer.weight.detach().clone()
+    for closed, gradient in ((1.0, math.nan), (1.0, 1.0), (0.0, 1.0)):
+        layer.weight.grad = torch.full_like(layer.weight, gradient)
+        optimizer.found_inf = torch.tensor(closed)
+        optimizer.step()
+        assert torch.equal(layer.weight, before) == bool(closed)
+    del optimizer.found_inf
+    want = module()
+    plain, _ = build_optimizer(want, settings)
+    want.weight.grad = torch.ones_like(want.weight)
+    plain.step()
+    torch.testing.assert_close(layer.weight, want.weight)
+    (state,) = (optimizer.state[layer.weight],)
+    for key, value in plain.state[want.weight].items():
+        torch.testing.assert_close(state[key], value, check_dtype=False)
+
+
+def test_fused_momentum_starts_with_a_parameter_that_joins_later() -> None:
+    """As after a warm-up."""
+    layers = [module(), module()]
+    settings = OptimizerConfig(name="sgd", lr=0.1, momentum=0.9, weight_decay=0.0)
+    optimizers = [build_optimizer(layer, settings, fused=layer is layers[0])[0] for layer in layers]
+    for joined in (False, True, True):
+        for layer, optimizer in zip(layers, optimizers, strict=True):
+            layer.weight.grad = torch.ones_like(layer.weight)
+            layer.bias.grad = torch.ones_like(layer.bias) if joined else None
+            optimizer.step()
+    torch.testing.assert_close(layers[0].state_dict(), layers[1].state_dict())
+    assert float(layers[0].bias.detach()[0]) == pytest.approx(1 - 0.1 - 0.19)
+
+
+@pytest.mark.parametrize("active", ["metric", "generation"])
+def test_gate_clipping_and_rates_hold_for_fused_moves(active: str) -> None:
+    parts = {name: nn.Parameter(torch.zeros(2)) for name in ("both", "metric", "generation")}
+    optimizer = torch.optim.SGD([{"params": [p], "reach": name} for name, p in parts.items()], lr=1.0, fused=True)
+    gate = PassGate(optimizer)
+    clip_by_value(optimizer, 0.5)
+    schedule = build_schedule(optimizer, ScheduleConfig(name="step", step_size=1, gamma=0.5), 3)
+    gate.active = active
+    for _ in range(2):
+        for parameter in parts.values():
+            parameter.grad = torch.tensor([7.0, -0.25])
+        optimizer.step()
+        schedule.step()
+    moved = torch.tensor([-0.75, 0.375])  # by rates 1 and 1/2
+    for name, parameter in parts.items():
+        assert torch.equal(parameter.detach(), moved if name in ("both", active) else torch.zeros(2))

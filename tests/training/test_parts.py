@@ -52,7 +52,8 @@ def test_settings_reach_the_modules() -> None:
         graph__dropout=0.25,
         graph__norm="layer_norm",
         graph__edge_to_node=False,
-        graph__backend="pairs",
+        graph__backend="eager",
+        graph__edge_aggregation="scaled",
         model__head="linear",
         model__pooling="max",
         model__freeze_batch_norm=True,
@@ -61,7 +62,8 @@ def test_settings_reach_the_modules() -> None:
     modules = build_modules(config, NUM_CLASSES)
     graph, model = modules["graph"], modules["metric_model"]
     assert len(graph.node_blocks) == len(graph.edge_blocks) == 2
-    assert (graph.embedding_dim, graph.dropout, graph.backend) == (8, 0.25, "pairs")
+    assert (graph.embedding_dim, graph.dropout, graph.backend) == (8, 0.25, "eager")
+    assert graph.edge_aggregation == "scaled"
     assert graph.node_classifier.weight.shape == (NUM_CLASSES, 8)
     assert not any(block.sums_edges for block in graph.node_blocks)
     assert modules["classifier"].weight.shape == (NUM_CLASSES, 8)
@@ -212,6 +214,7 @@ def test_factors_reach_the_step() -> None:
         "channel_coefficients": True,
         "alpha": 2.0,
         "beta": 3.0,
+        "neighbours": None,
         "normalised_distance": True,
         "classifier_weight": 4.0,
         "classification_weight": 5.0,

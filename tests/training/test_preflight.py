@@ -4,7 +4,8 @@ import pytest
 import torch
 from run_cases import make_config, train
 
-from gcahng.errors import ConfigError
+from gcahng.errors import ConfigError, InputError
+from gcahng.graph.kernels.triton_kernels import triton_problem
 from gcahng.training.preflight import preflight
 from gcahng.training.trainer import Trainer
 
@@ -42,6 +43,23 @@ def test_what_a_run_started_from_may_be_gone_when_it_is_resumed(shards, tmp_path
     preflight(make_config(shards, tmp_path / "run", settings | gone))
     with pytest.raises(ConfigError, match="gone` is no checkpoint"):
         preflight(make_config(shards, tmp_path / "run", settings | gone), overwrite=True)
+
+
+@pytest.mark.skipif(triton_problem("cpu") is None, reason="Triton interprets its kernels in this process")
+def test_a_graph_backend_that_cannot_run_is_named(shards, tmp_path) -> None:
+    wanted = {"train.device": "cpu", "graph.backend": "triton"}
+    with pytest.raises(InputError, match=r"The graph's backend 'triton' cannot run on cpu: .*Use backend 'auto'"):
+        Trainer(make_config(shards, tmp_path / "run", wanted))
+    assert not (tmp_path / "run").exists()
+    without_graph = {"graph.enabled": False, "generation.enabled": False}
+    preflight(make_config(shards, tmp_path / "run", wanted | without_graph))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_an_absent_device_hides_no_other_fault_and_counts_once(shards, tmp_path) -> None:
+    settings = {"train.device": "cuda", "graph.backend": "triton", "loss.metric": "no_such_module.losses:Mine"}
+    with pytest.raises(ConfigError, match="^2 things are missing"):
+        preflight(make_config(shards, tmp_path / "run", settings))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from gcahng.errors import TrainingError
 from gcahng.random import mixing_weights, stream_key
-from gcahng.training.step import NonFiniteEmbedding
+from gcahng.training.finite_checks import NonFiniteEmbedding
 
 KEYS_METRIC = {"metric_loss", "total_loss"}
 KEYS_GENERATION = {

@@ -19,7 +19,7 @@ GRAPHS = [
     }
     for layers, backend, (propagate, add), norm in itertools.product(
         (1, 2, 3),
-        ("pairs", "scatter"),
+        ("eager", "scatter"),
         ((True, True), (True, False), (False, True)),
         ("gelu_layer_norm", "layer_norm"),
     )
@@ -52,7 +52,7 @@ def test_exactly_the_declared_parameters_get_gradients(arguments: dict[str, obje
     for name in edge_keys & backend.phases[2].gradients.keys():
         gradient = backend.phases[2].gradients[name]
         largest = max(float(g.abs().max()) for g in backend.phases[2].gradients.values())
-        exact = arguments["graph_options"]["backend"] == "pairs"  # type: ignore[index]
+        exact = arguments["graph_options"]["backend"] == "eager"  # type: ignore[index]
         assert float(gradient.abs().max()) <= (0 if exact else 1e-13 * largest), name
     assert edge_keys
 
@@ -61,7 +61,7 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-@pytest.mark.parametrize("backend_name", ["pairs", "scatter"])
+@pytest.mark.parametrize("backend_name", ["eager", "scatter"])
 @pytest.mark.parametrize("proxies", [False, True])
 def test_each_phase_moves_what_it_reaches_and_nothing_else(proxies: bool, backend_name: str) -> None:
     case = Case(proxies=proxies, graph_options={"backend": backend_name})

@@ -5,6 +5,7 @@ the device. What `train_transform` draws depends on the size of the picture alon
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -100,9 +101,15 @@ def normalise(images: Tensor, settings: TransformSettings) -> Tensor:
             f"`images` must be uint8 of shape (B, 3, H, W), got {images.dtype} of shape "
             f"{tuple(images.shape)}. Pass the images of a batch as the loader returns them."
         )
-    mean = torch.tensor(settings.mean, dtype=torch.float32, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(settings.std, dtype=torch.float32, device=images.device).view(1, 3, 1, 1)
+    mean = _per_channel(settings.mean, images.device)
+    std = _per_channel(settings.std, images.device)
     return images.float().div_(255).sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """(1, 3, 1, 1) float32; kept, for each copy to a device waits for it."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 
 
 def random_resized_box(

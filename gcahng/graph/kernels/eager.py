@@ -6,12 +6,15 @@ is kept. `low` is the dtype of the operands of matrix products, None for the ten
 nodes' dtype (float32, or float64 in tests); what a matrix product takes or gives may be in `low`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,18 @@ class EagerKernels:
     """One torch operation after the other."""
 
     name = "eager"
+
+    def release(self) -> None:
+        """Give back what was kept between chunks; the end of a pass."""
+
+    def compile(self, function: Function) -> Function:
+        """A function of one chunk's tensors as this backend runs it: here the function itself.
+
+        Args:
+            function: Without side effects; takes tensors, tuples of them, and constants. A tensor of three axes or
+                more has n, the number of block pairs, in front.
+        """
+        return function
 
     def normalise(self, x: Tensor, norm: NormWeights) -> Tensor:
         """norm(x) on (..., D)."""
@@ -216,7 +231,7 @@ class EagerKernels:
         return torch.addmm(lowered(bias, low), lowered(x, low), weight.t())
 
     def hidden(
-        self, x: Tensor, weights: HiddenWeights, low: torch.dtype | None
+        self, x: Tensor, weights: HiddenWeights, low: torch.dtype | None, *, keep: bool = True
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """h = GELU(Linear(x)) and its statistics over F.
 
@@ -224,14 +239,15 @@ class EagerKernels:
             x: (R, D).
             weights: Of the feed-forward part.
             low: Dtype of the operands of the matrix product.
+            keep: Whether Linear(x) is asked for.
         Returns:
-            Linear(x) (R, F) if this backend holds it, h (R, F), both in `low` where that is set; mean (R, 1) and
+            Linear(x) (R, F) if it is asked for and this backend holds it, h (R, F), both in `low` where that is set; mean (R, 1) and
             rstd (R, 1) of h.
         """
         inner = self.linear(x, weights.weight_in, weights.bias_in, low)
         h = aten.gelu(inner)
         mean, rstd = row_statistics(h, x.dtype, weights.eps)
-        return inner, h, mean, rstd
+        return (inner if keep else None), h, mean, rstd
 
     def hidden_backward(
         self,
@@ -264,19 +280,30 @@ class EagerKernels:
         grad_h = grad @ weights.weight_out
         grad_h.addcmul_(h, lowered(-row, low)).add_(lowered(row * mean, low))
         grad_inner = aten.gelu_backward(grad_h, inner)
-        return grad_inner, h, grad_inner.sum(0, dtype=x.dtype)
+        return grad_inner, h, column_sums(grad_inner, x.dtype)
 
 
 def row_statistics(h: Tensor, dtype: torch.dtype, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(variance + eps) of the rows of h, (R, 1) each, in `dtype`.
-
-    Two plain sums: torch.var_mean takes ten times as long on CPU.
-    """
+    """Mean and 1 / sqrt(variance + eps) of the rows of h, (R, 1) each, in `dtype`."""
     width = h.shape[1]
+    if h.dtype != dtype and h.device.type == "cpu":
+        # The only operation there that sums lower precision in float32 without a copy; its main result is not used.
+        ones = torch.ones(width, dtype=dtype)
+        _, mean, rstd = aten.native_layer_norm(h, [width], ones, torch.zeros_like(ones), eps)
+        return mean, rstd
+    # Two plain sums: torch.var_mean takes ten times as long on CPU.
     mean = h.sum(1, keepdim=True, dtype=dtype) / width
     length = torch.linalg.vector_norm(h, dim=1, keepdim=True, dtype=dtype)
     variance = (length.square() / width - mean.square()).clamp_min(0)
     return mean, torch.rsqrt(variance + eps)
+
+
+def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums over the rows of x (R, C), (C,) in `dtype`."""
+    if x.dtype != dtype and x.device.type == "cpu":
+        # A product adds up in float32; a sum into another dtype copies x first.
+        return (x.new_ones(1, x.shape[0]) @ x)[0].to(dtype)
+    return x.sum(0, dtype=dtype)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
