@@ -26,30 +26,34 @@ def stream_key(*parts: int | str) -> int:
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of constant * word, through 16-bit halves: int64 never overflows."""
-    low_part = word * (constant & 0xFFFF)
-    high_part = word * (constant >> 16)
-    low = low_part + ((high_part & 0xFFFF) << 16)
-    return (low >> 32) + (high_part >> 16), low & _MASK
+    """High and low 32 bits of constant * word: int64 wraps around, which leaves the 64 bits of the product."""
+    product = word * constant
+    return (product >> 32) & _MASK, product & _MASK
 
 
-def philox(key: int, counter: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(key: int | tuple[Tensor, Tensor], counter: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words (in int64 tensors) for each entry of the broadcast counter.
 
     Args:
-        key: 64 bits, see `stream_key`.
+        key: 64 bits, see `stream_key`; or its low and high 32 bits as int64 scalars on the device of the counter.
         counter: One to four int64 tensors with values in [0, 2**32), broadcast against each other.
     """
     words = list(torch.broadcast_tensors(*counter))
     words += [torch.zeros_like(words[0])] * (4 - len(words))
     c0, c1, c2, c3 = words
-    k0, k1 = key & _MASK, (key >> 32) & _MASK
+    k0, k1 = (key & _MASK, (key >> 32) & _MASK) if isinstance(key, int) else key
     for _ in range(_ROUNDS):
         high0, low0 = _multiply(_MULTIPLIERS[0], c0)
         high1, low1 = _multiply(_MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
+
+
+def key_words(key: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A key as two scalars on a device, written there: nothing waits, and compiled code takes every key."""
+    low, high = (torch.full((), word, dtype=torch.int64, device=device) for word in (key & _MASK, (key >> 32) & _MASK))
+    return low, high
 
 
 def to_uniform(word: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -15,7 +15,7 @@ from gcahng.generation import (
     generation_loss,
     synthetic_loss,
 )
-from gcahng.graph import Coefficients, GraphNetwork, PairPlan, identity
+from gcahng.graph import Coefficients, GraphNetwork, PairPlan, identity, pair_plan
 from gcahng.graph.network import Reducer
 
 FACTORS = LossFactors(classification=20.0, similarity=15.0, diversity=3.0)
@@ -33,6 +33,8 @@ class Case:
         duplicates: Whether some images stand in the batch twice, within a class and across classes.
         low: Dtype of the classifier's products.
         seed: Of the draws.
+        dtype: Of everything.
+        per_block: Classes per node block, the last block padded; None: what `class_major_plan` takes.
     """
 
     size: Size
@@ -42,6 +44,15 @@ class Case:
     low: torch.dtype | None = None
     seed: int = 0
     dtype: torch.dtype = torch.float64
+    per_block: int | None = None
+
+    def plan(self) -> PairPlan:
+        plan = plan_of(self.size)
+        if self.per_block is None:
+            return plan
+        # Some chunks of a few block pairs.
+        block = self.per_block * self.size.num_samples
+        return pair_plan(plan.order[: self.size.batch], block, edges_per_chunk=2 * block**2)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         z, labels = batch_of(self.size, self.seed)
@@ -78,7 +89,7 @@ def both_losses(
 ) -> dict[str, Tensor]:
     """Losses of the metric and of the generation pass, and the gradients by z and by each graph parameter."""
     z, labels = case.batch()
-    plan = plan_of(case.size) if plan is None else plan
+    plan = case.plan() if plan is None else plan
     z.requires_grad_()
     output = graph(z, labels, dropout_key=4, plan=plan, coefficient_gradient=False, reduce=reduce)
     assert output.coefficients is not None

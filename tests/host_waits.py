@@ -31,6 +31,7 @@ HOST_CODE = {
     ("gcahng.training.step", "require_group_major"),  # labels as the loader gives them
     ("gcahng.training.finite_checks", "host_numbers"),  # findings that have arrived
     ("gcahng.random", "mixing_weights"),  # drawn on the CPU
+    ("gcahng.generation.synthesis", "_holds_whole_classes"),  # looks at plans on the CPU alone
 }
 
 

@@ -80,9 +80,8 @@ class Spread:
             grads: Their gradients, (n, b, b, D) each; without a second one, the first is that of both directions.
             factor: Of the loss.
         """
-        spread = self.total > 0
-        root = (torch.where(spread, self.total, 1.0) * self.plan.edge_count).sqrt()
-        slope = torch.where(spread, -factor / root, 0.0)
+        root = (self.total * self.plan.edge_count).sqrt()
+        slope = torch.where(root > 0, -factor / root, 0.0)
         for means, pull, grad in zip(_row_means(self.row_means, chunk), pulls, grads, strict=True):
             into = grads[0] if grad is None else grad
             if pull is not None and into is not None:

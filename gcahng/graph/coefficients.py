@@ -111,12 +111,19 @@ def dense(layout: EdgeLayout, buffer: Tensor) -> Tensor:
     """The rows of a plan that lists every pair as one (B, B, D) tensor in the order of the samples."""
     plan = layout.plan
     b, blocks = plan.block_size, plan.num_blocks
-    table = buffer.new_zeros(blocks, blocks, b, b, buffer.shape[-1])
+    rows, columns, values = [], [], []
     for part in layout.parts:
         forward, backward = layout.directions(part, buffer)
-        table = table.index_put((part.chunk.first, part.chunk.second), forward)
+        rows.append(part.chunk.first)
+        columns.append(part.chunk.second)
+        values.append(forward)
         if backward is not None:
-            table = table.index_put((part.chunk.second, part.chunk.first), backward.transpose(1, 2))
+            rows.append(part.chunk.second)
+            columns.append(part.chunk.first)
+            values.append(backward.transpose(1, 2))
+    # One assignment: each would copy the table, in the backward pass too.
+    table = buffer.new_zeros(blocks, blocks, b, b, buffer.shape[-1])
+    table = table.index_put((torch.cat(rows), torch.cat(columns)), torch.cat(values))
     positions = blocks * b
     table = table.transpose(1, 2).reshape(positions, positions, -1)[: plan.batch_size, : plan.batch_size]
     place = torch.empty_like(plan.order[: plan.batch_size])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gcahng.graph.dropout import EdgeDropout
+from gcahng.graph.kernels import EagerKernels
 from gcahng.graph.pairs import PairChunk, PairPlan
 
 
@@ -81,11 +82,13 @@ class EdgeLayout:
             return 2.0
         return (1.0 if to_first is None else to_first) + (1.0 if to_second is None else to_second)
 
-    def keep_scales(self, chunk: PairChunk, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    def keep_scales(
+        self, chunk: PairChunk, layer: int, dtype: torch.dtype, kernels: EagerKernels | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         """(n, b, b) dropout factors of the weights of first and second node; None without dropout."""
         if self.dropout is None:
             return None
-        return self.dropout.scales(*_samples(self.plan, chunk), layer, dtype)
+        return self.dropout.scales(*_samples(self.plan, chunk), layer, dtype, kernels)
 
     def directions(self, part: ChunkRows, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
         """Values of the chunk's ordered edges: anchors first (n, b, b, ...), and anchors second, None if diagonal.

@@ -165,7 +165,7 @@ class _Chunk:
         else:
             margin = (self.edges * (of_first[:, :, None] - of_second[:, None, :])).sum(-1)
         margin = margin + offset[0][:, :, None] - offset[1][:, None, :]
-        keep = self.call.layout.keep_scales(self.chunk, rule.layer, margin.dtype)
+        keep = self.call.layout.keep_scales(self.chunk, rule.layer, margin.dtype, self.call.kernels)
         return _Attention((torch.sigmoid(margin), torch.sigmoid(-margin)), keep)
 
     def mix(self) -> Tensor:

@@ -115,9 +115,7 @@ class GraphNetwork(nn.Module):
     ) -> None:
         """
         Args:
-            embedding_dim: D.
-            num_classes: N.
-            num_layers: L.
+            embedding_dim, num_classes, num_layers: D, N, L.
             num_heads: H of the node attention; must divide D. The edge attention has one head.
             dropout: Probability on the two attention weights of an edge.
             edge_dropout: "tied": the two directions of a pair share their mask. "independent": the released law.
@@ -133,8 +131,7 @@ class GraphNetwork(nn.Module):
         """
         super().__init__()
         _check_sizes(embedding_dim, num_classes, num_layers, num_heads, dropout)
-        _check_choices(edge_dropout=edge_dropout, norm=norm, edge_aggregation=edge_aggregation)
-        check_backend_name(backend)
+        _check_choices(backend, edge_dropout=edge_dropout, norm=norm, edge_aggregation=edge_aggregation)
         if edge_to_node and not node_propagation:
             log.info("edge_to_node has no effect without node_propagation: nodes receive nothing.")
         self.embedding_dim = embedding_dim
@@ -181,7 +178,7 @@ class GraphNetwork(nn.Module):
 
     def plan(self, batch_size: int, device: torch.device | str = "cpu") -> PairPlan:
         """A plan for samples in any order: blocks of consecutive samples."""
-        block = block_classes(batch_size, 1)
+        block = block_classes(batch_size, 1, torch.device(device).type)
         return pair_plan(torch.arange(batch_size, device=device), block)
 
     def kernels(self, plan: PairPlan, device: torch.device) -> EagerKernels:
@@ -377,7 +374,8 @@ def _warn_of_large_sums() -> None:
     )
 
 
-def _check_choices(**given: str) -> None:
+def _check_choices(backend: str, **given: str) -> None:
+    check_backend_name(backend)
     for name, value in given.items():
         if value not in _CHOICES[name]:
             raise InputError(f"`{name}` must be one of {', '.join(_CHOICES[name])}: got {value!r}.")

@@ -40,6 +40,16 @@ def test_every_gradient_is_that_of_the_plain_formulas(size: Size, normalised: bo
     same_everywhere(Case(size, {"edge_dropout": dropout, "dropout": 0.3}, normalised))
 
 
+@pytest.mark.parametrize("dropout", ["tied", "independent"])
+@pytest.mark.parametrize(("size", "per_block"), [(SIZES[1], 2), (SIZES[2], 4), (SIZES[4], 3), (SIZES[5], 4)], ids=str)
+def test_blocks_of_several_classes(size: Size, per_block: int, dropout: str) -> None:
+    """All but the third with padding."""
+    case = Case(size, {"edge_dropout": dropout, "dropout": 0.3}, per_block=per_block)
+    assert (case.plan().valid is None) == (size is SIZES[4])
+    assert len(case.plan().chunks) >= 2
+    same_everywhere(case)
+
+
 @pytest.mark.parametrize("normalised", [False, True])
 @EVERY_SIZE
 def test_duplicate_images(size: Size, normalised: bool) -> None:
@@ -80,11 +90,12 @@ def test_a_bfloat16_classifier_has_bfloat16_errors_only() -> None:
     torch.testing.assert_close(got["classification"], plain["classification"], rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("per_block", [None, 4])
 @EVERY_SIZE
-def test_one_coefficient_for_all(size: Size) -> None:
-    case = Case(size)
+def test_one_coefficient_for_all(size: Size, per_block: int | None) -> None:
+    case = Case(size, per_block=per_block)
     z, labels = case.batch()
-    plan = plan_of(size)
+    plan = case.plan()
     found = []
     for coefficients in (UnitCoefficients(edge_layout(plan, None, 0)), None):
         leaf = z.clone().requires_grad_()

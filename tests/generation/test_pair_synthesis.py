@@ -13,7 +13,10 @@ from gcahng.graph.pairs import PairChunk
 
 CASES = [Case(size, normalised=normalised) for size in SIZES for normalised in (False, True)]
 CASES += [Case(SIZES[1], duplicates=True)]
-EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.size}-{c.normalised}-{c.duplicates}")
+CASES += [Case(SIZES[n], normalised=n == 2, per_block=m) for n, m in ((1, 2), (2, 4), (4, 3), (5, 4))]
+EVERY_CASE = pytest.mark.parametrize(
+    "case", CASES, ids=lambda c: f"{c.size}-{c.normalised}-{c.duplicates}-{c.per_block}"
+)
 
 
 def table_of(size: Size) -> Tensor:
@@ -43,7 +46,7 @@ def test_every_entry_comes_once_and_equals_the_table(case: Case) -> None:
     size, (z, _) = case.size, case.batch()
     table = table_of(size)
     want = case.synthesis().all_at_once(z, table)
-    batch = place(z, plan_of(size), case.synthesis())
+    batch = place(z, case.plan(), case.synthesis())
     seen = torch.zeros(size.batch, size.num_classes, dtype=torch.int64)
     for chunk in batch.plan.chunks:
         work = ChunkSynthesis(batch, chunk, directed(batch, chunk, table))
@@ -68,7 +71,7 @@ def test_gradients_equal_those_of_the_table(case: Case) -> None:
     leaves = z.clone().requires_grad_(), table.clone().requires_grad_()
     want = torch.autograd.grad((case.synthesis().all_at_once(*leaves) * mix).sum(), leaves)
     z.requires_grad_()
-    batch = place(z, plan_of(size), case.synthesis())
+    batch = place(z, case.plan(), case.synthesis())
     collected, by_table = BatchGradient(batch), torch.zeros_like(table)
     with torch.no_grad():
         for chunk in batch.plan.chunks:

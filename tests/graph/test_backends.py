@@ -46,13 +46,13 @@ def cuda_with(monkeypatch: pytest.MonkeyPatch, nothing_said: None):
 
 
 @pytest.fixture
-def without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def without_compiler() -> Iterator[None]:
     """A machine on which torch finds no C++ compiler."""
     from torch._inductor import config, cpp_builder
 
     cpp_builder.cpp_compiler_search.cache_clear()
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    yield
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        yield
     cpp_builder.cpp_compiler_search.cache_clear()
 
 

@@ -125,6 +125,18 @@ def test_keeping_changes_no_bit() -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+def test_a_backward_pass_inside_autocast_changes_no_bit(low: torch.dtype | None) -> None:
+    call = edge_pass(plans(BATCH)["padded, mixed order"], "tied", low=low, keep_bytes=NOTHING)
+    inputs = [normal(*shape, seed=1, dtype=torch.float32) for shape in ((BATCH, 16), (16, 16), (16,))]
+    x, weight, bias = inputs
+    sums = edge_to_node_sums(ProductEdges(call.layout.plan.positions(x)), weight, bias, call)
+    want = torch.autograd.grad(sums, inputs, torch.ones_like(sums), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(sums, inputs, torch.ones_like(sums))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["products", "stored"])
 def test_derivatives_are_those_of_differences(kind: str) -> None:
     call = edge_pass(plans(4)["padded, mixed order"], "independent")

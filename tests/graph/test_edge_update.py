@@ -194,6 +194,23 @@ def test_keeping_changes_no_bit() -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+def test_a_backward_pass_inside_autocast_changes_no_bit(low: torch.dtype | None) -> None:
+    plan = plans(BATCH)["padded, mixed order"]
+    call = edge_pass(plan, "tied", layers=2, low=low, keep_bytes=NOTHING, storage=torch.float32)
+    x, terms, weights = (
+        normal(plan.order.numel(), 16, seed=3, dtype=torch.float32),
+        terms_of(plan.order.numel(), 16, torch.float32),
+        weights_of(16, torch.float32),
+    )
+    raw, _ = update_edges(ProductEdges(x), terms, weights, rule(), call)
+    inputs = [x, *fields(terms).values(), *fields(weights).values()]
+    want = torch.autograd.grad(raw, inputs, torch.ones_like(raw), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(raw, inputs, torch.ones_like(raw))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 class Largest(TorchDispatchMode):
     """The largest number of elements of any tensor that an operation makes."""
 

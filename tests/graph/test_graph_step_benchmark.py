@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -118,15 +119,20 @@ def test_numbers_that_differ_stop_it(benchmark: ModuleType, kind: str) -> None:
         benchmark.check_agreement("ours", size, found, want, 1e-4, kind)
 
 
-def test_an_arm_that_computes_something_else_stops_it(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [("loss", lambda edges: 1.01 * edges), ("gradient", lambda edges: 2 * edges - edges.detach())],
+)
+def test_an_arm_that_computes_something_else_stops_it(
+    benchmark: ModuleType,
+    kind: str,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     arms = sys.modules["graph_arms"]
     right = arms.edge_update_per_edge
-
-    def one_percent_off(*arguments: object) -> torch.Tensor:
-        return right(*arguments) * 1.01
-
-    monkeypatch.setattr(arms, "edge_update_per_edge", one_percent_off)
-    with pytest.raises(RuntimeError, match="5x2 D64 L2 N7: the .* of ours is off by"):
+    monkeypatch.setattr(arms, "edge_update_per_edge", lambda *arguments: change(right(*arguments)))
+    with pytest.raises(RuntimeError, match=f"5x2 D64 L2 N7: the .* {kind} of ours is off by"):
         benchmark.agreeing_arms(benchmark.Size.parse(SMALL), benchmark.Options("cpu", "fp32"))
 
 

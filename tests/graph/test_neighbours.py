@@ -73,7 +73,7 @@ def test_low_precision_operands_give_the_choice_of_the_rounded_vectors() -> None
     similar = (rounded.double() @ rounded.double().T).view(120, 2, 60).amax(1)
     similar[torch.arange(120), torch.arange(120) % 60] = -2
     # The first of equal ones, as elsewhere.
-    want = similar.sort(1, descending=True, stable=True).indices[:, :3].sort(1).values
+    want = similar.sort(dim=1, descending=True, stable=True).indices[:, :3].sort(1).values
     exact = nearest_classes(z, 2, 3)
     assert not torch.equal(want, exact)
     assert torch.equal(nearest_classes(z, 2, 3, low=torch.bfloat16), want)

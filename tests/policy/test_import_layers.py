@@ -44,7 +44,9 @@ PARTS = {
         own=("gcahng.errors", "gcahng.layout", "gcahng.random"),
         others=("torch", "torch_scatter", "triton"),
     ),
-    "gcahng.generation": Part(own=("gcahng.errors", "gcahng.layout", "gcahng.random", "gcahng.graph"), others=TORCH),
+    "gcahng.generation": Part(
+        own=("gcahng.errors", "gcahng.layout", "gcahng.random", "gcahng.graph", "gcahng.losses"), others=TORCH
+    ),
     "gcahng.losses": Part(own=("gcahng.errors", "gcahng.layout"), others=TORCH),
     "gcahng.metrics": Part(own=("gcahng.errors", "gcahng.layout"), others=TORCH),
     "gcahng.models": Part(own=MATHS),

@@ -13,7 +13,7 @@ from gcahng.graph.kernels.eager import EagerKernels, HiddenWeights, aten, column
 
 
 class CpuKernels(EagerKernels):
-    """`EagerKernels` with buffers. What `hidden` and `hidden_backward` return is valid until the next call of either."""
+    """`EagerKernels` with buffers: what `hidden` and `hidden_backward` return holds until the next call of either."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -60,6 +60,9 @@ class CpuKernels(EagerKernels):
         """Space of the given shape and dtype, the same for every call with this name."""
         shape = (like.shape[0] if rows is None else rows, like.shape[1])
         found = self._buffers.get(name)
+        if found is not None and found.is_inference() and not torch.is_inference_mode_enabled():
+            # Left behind by a pass that did not end: torch refuses to write into it here.
+            found = None
         if found is None or found.numel() < shape[0] * shape[1] or found.dtype != like.dtype:
             found = self._buffers[name] = like.new_empty(shape[0] * shape[1])
         return found[: shape[0] * shape[1]].view(shape)

@@ -241,8 +241,8 @@ class EagerKernels:
             low: Dtype of the operands of the matrix product.
             keep: Whether Linear(x) is asked for.
         Returns:
-            Linear(x) (R, F) if it is asked for and this backend holds it, h (R, F), both in `low` where that is set; mean (R, 1) and
-            rstd (R, 1) of h.
+            Linear(x) (R, F) if it is asked for and this backend holds it, h (R, F), both in `low` where that is set;
+            mean (R, 1) and rstd (R, 1) of h.
         """
         inner = self.linear(x, weights.weight_in, weights.bias_in, low)
         h = aten.gelu(inner)
