@@ -185,7 +185,7 @@ def edge_stage(
         weights = BlockWeights(
             leaves["norm weight"], leaves["norm bias"], leaves["weight in"], leaves["bias in"], out, leaves["shift"]
         )
-        raw, _ = update_edges(source, terms, weights, UpdateRule(layer, gelu, 1e-5, 1e-5, moments=False), call)
+        raw = update_edges(source, terms, weights, UpdateRule(layer, gelu, 1e-5, 1e-5, moments=False), call).raw
         source = StoredEdges(raw, leaves["norm weight"], leaves["norm bias"], gelu, 1e-5, kernels)
         found[f"sums of layer {layer}"] = sums.detach()
         total = total + (sums * draw.normal(*sums.shape)).sum()

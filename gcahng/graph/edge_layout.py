@@ -7,7 +7,7 @@ at probability 0.1): those reverse edges get rows of their own behind the plan's
 Shapes: n block pairs of b x b edges, D channels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch import Tensor
 from gcahng.graph.dropout import EdgeDropout
 from gcahng.graph.kernels import EagerKernels
 from gcahng.graph.pairs import PairChunk, PairPlan
+
+# Up to here the dropout factors of a whole layer are drawn together: a hundred small operations once, not per chunk.
+ROWS_DRAWN_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class EdgeLayout:
     parts: tuple[ChunkRows, ...]
     extra: tuple[PairChunk, ...]
     dropout: EdgeDropout | None
+    _drawn: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def num_rows(self) -> int:
@@ -88,7 +92,17 @@ class EdgeLayout:
         """(n, b, b) dropout factors of the weights of first and second node; None without dropout."""
         if self.dropout is None:
             return None
-        return self.dropout.scales(*_samples(self.plan, chunk), layer, dtype, kernels)
+        if self.num_rows > ROWS_DRAWN_AT_ONCE:
+            return self.dropout.scales(*_samples(self.plan, chunk), layer, dtype, kernels)
+        if (layer, dtype) not in self._drawn:
+            ends_of = [_samples(self.plan, part.chunk) for part in self.all_rows()]
+            first, second = (
+                torch.cat([each[side].expand(-1, *_grid(each)).reshape(-1, 1, 1) for each in ends_of])
+                for side in (0, 1)
+            )
+            self._drawn[layer, dtype] = self.dropout.scales(first, second, layer, dtype, kernels)
+        first, second = self._drawn[layer, dtype]
+        return chunk.of(first[:, 0, 0]), chunk.of(second[:, 0, 0])
 
     def directions(self, part: ChunkRows, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
         """Values of the chunk's ordered edges: anchors first (n, b, b, ...), and anchors second, None if diagonal.
@@ -138,6 +152,11 @@ def edge_layout(plan: PairPlan, dropout: EdgeDropout | None, num_layers: int) ->
         parts.append(ChunkRows(chunk, mirror, extra[-1].rows))
         start += anchors.numel()
     return EdgeLayout(plan, tuple(parts), tuple(extra), dropout)
+
+
+def _grid(ends_of: tuple[Tensor, Tensor]) -> tuple[int, int]:
+    """(b, b) of what `_samples` gives."""
+    return ends_of[0].shape[1], ends_of[1].shape[2]
 
 
 def _samples(plan: PairPlan, chunk: PairChunk) -> tuple[Tensor, Tensor]:

@@ -36,9 +36,9 @@ class EdgePass:
     storage: torch.dtype
     keep_bytes: int
 
-    def keeps(self, width: int, like: Tensor) -> bool:
-        """Whether (rows, width) values fit into `keep_bytes`."""
-        size = torch.empty((), dtype=self.low or like.dtype).element_size()
+    def keeps(self, width: int, like: Tensor, dtype: torch.dtype | None = None) -> bool:
+        """Whether (rows, width) values fit into `keep_bytes`, of `dtype`, by default what matrix products give."""
+        size = torch.empty((), dtype=dtype or self.low or like.dtype).element_size()
         return self.layout.num_rows * width * size <= self.keep_bytes
 
 

@@ -6,7 +6,7 @@ more edges than one chunk beside the stored buffer.
 Shapes: n block pairs of b x b edges, D channels, rows of the edge buffer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -47,7 +47,8 @@ class SourceGradient(Protocol):
 
 def bare(source: EdgeSource) -> EdgeSource:
     """The same source on empty tensors: what an operation may hold beside its saved tensors."""
-    return source.with_tensors(tuple(t.new_empty(0) for t in source.tensors))
+    empty = source.with_tensors(tuple(t.new_empty(0) for t in source.tensors))
+    return replace(empty, finished=None) if isinstance(empty, StoredEdges) else empty
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class StoredEdges:
         gelu: Whether GELU comes before the LayerNorm.
         eps: Of the LayerNorm.
         kernels: Inner loops.
+        finished: (rows, D) norm(raw) if the layer before had room for it; else it is computed again.
     """
 
     raw: Tensor
@@ -115,6 +117,7 @@ class StoredEdges:
     gelu: bool
     eps: float
     kernels: EagerKernels
+    finished: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -126,13 +129,15 @@ class StoredEdges:
 
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> "StoredEdges":
         raw, weight, bias = tensors
-        return StoredEdges(raw, weight, bias, self.gelu, self.eps, self.kernels)
+        return replace(self, raw=raw, weight=weight, bias=bias)
 
     def raw_values(self, chunk: PairChunk) -> Tensor:
         """(n, b, b, D) of the buffer in the nodes' dtype."""
         return chunk.of(self.raw).to(self.weight.dtype)
 
     def values(self, chunk: PairChunk) -> Tensor:
+        if self.finished is not None:
+            return chunk.of(self.finished).to(self.weight.dtype)
         return self.kernels.normalise(self.raw_values(chunk), self.norm)
 
     def gradient(self, needed: bool) -> "StoredGradient":

@@ -17,7 +17,7 @@ from gcahng.graph.edge_messages import EdgePass, accumulate_product
 from gcahng.graph.edge_moments import EdgeMoments
 from gcahng.graph.edge_source import EdgeSource, ProductEdges, bare
 from gcahng.graph.kernels import HiddenWeights, NormWeights
-from gcahng.graph.kernels.eager import lowered
+from gcahng.graph.kernels.eager import MixState, lowered
 from gcahng.graph.pairs import PairChunk, add_ends, ends
 from gcahng.graph.precision import without_autocast
 
@@ -73,21 +73,37 @@ class UpdateRule:
     moments: bool
 
 
+@dataclass(frozen=True)
+class UpdatedEdges:
+    """The edges after a block.
+
+    Attributes:
+        raw: (rows, D) before the last norm, raw = FFN(e') + e' with e' = norm(att + e), in the pass's storage dtype.
+            Without gradient nobody asks for them, and the finished edges stand there.
+        values: (rows, D) finished edges norm(raw) if there is room for them, or `raw` itself; without gradient.
+        moments: Partial moments of the finished edges over the ordered edges, if asked for, without gradient.
+    """
+
+    raw: Tensor
+    values: Tensor | None
+    moments: EdgeMoments | None
+
+
 def update_edges(
     source: EdgeSource, terms: EndTerms, weights: BlockWeights, rule: UpdateRule, call: EdgePass
-) -> tuple[Tensor, EdgeMoments | None]:
-    """The edges after a block, before its last norm: raw = FFN(e') + e' with e' = norm(att + e).
-
-    Returns:
-        (rows, D) raw edges in `call.storage`; partial moments of norm(raw) over the ordered edges, if asked for, which
-        carry no gradient.
-    """
-    moments = EdgeMoments.zeros(weights.norm_weight) if rule.moments else None
+) -> UpdatedEdges:
+    """One edge block on all edges of this process."""
+    like = weights.norm_weight
+    moments = EdgeMoments.zeros(like) if rule.moments else None
+    values: Tensor | None = None
+    if torch.is_grad_enabled() and call.keeps(like.shape[0], like, like.dtype):
+        values = torch.empty((call.layout.num_rows, like.shape[0]), dtype=like.dtype, device=like.device)
     raw = _Update.apply(
         call,
         source,
         rule,
         moments,
+        values,
         torch.is_grad_enabled(),
         terms.direction,
         terms.offset,
@@ -100,7 +116,7 @@ def update_edges(
         weights.shift,
         *source.tensors,
     )
-    return raw, moments
+    return UpdatedEdges(raw, values if torch.is_grad_enabled() else raw, moments)
 
 
 @dataclass(frozen=True)
@@ -176,6 +192,15 @@ class _Chunk:
             x = self.call.kernels.mix(self.edges, self.values, self.attention.weights, self.norm)
         return x.flatten(0, 2)
 
+    def mix_again(self) -> tuple[Tensor, MixState | None]:
+        """`mix` in the backward pass, with what its gradient can use if these kernels have it."""
+        kernels = self.call.kernels
+        if not kernels.keeps_mix_state:
+            return self.mix(), None
+        edges = self.source.values(self.chunk) if self.edges is None else self.edges
+        x, state = kernels.mix_state(edges, self.values, self.attention.weights, self.norm)
+        return x.flatten(0, 2), state
+
 
 class _Update(torch.autograd.Function):
     @staticmethod
@@ -185,6 +210,7 @@ class _Update(torch.autograd.Function):
         source: EdgeSource,
         rule: UpdateRule,
         moments: EdgeMoments | None,
+        values: Tensor | None,
         keep: bool,
         *tensors: Tensor,
     ) -> Tensor:
@@ -201,9 +227,12 @@ class _Update(torch.autograd.Function):
             y = (h @ hidden.weight_out.t()).to(x.dtype)
             del h
             y = y.mul_(rstd).add_(weights.shift).add_(x)
-            raw[part.chunk.rows] = y
+            done = call.kernels.normalise(y, norm) if moments is not None or values is not None or not keep else y
+            raw[part.chunk.rows] = y if keep else done
+            if values is not None:
+                values[part.chunk.rows] = done
             if moments is not None:
-                moments.add(call.kernels.normalise(y, norm), call.layout.weights(part, y.dtype))
+                moments.add(done, call.layout.weights(part, y.dtype))
             if keep:
                 kept += [*work.attention.tensors(), inner, mean, rstd]
         call.kernels.release()
@@ -228,19 +257,19 @@ class _Update(torch.autograd.Function):
         norm, hidden = _norm(weights, rule), _hidden(weights, rule, call)
         found_terms = EndTerms(*(torch.zeros_like(t) for t in tensors[:3]))
         found = BlockWeights(*(torch.zeros_like(t) for t in tensors[3:9]))
-        collected = source.gradient(any(ctx.needs_input_grad[14:]))
+        collected = source.gradient(any(ctx.needs_input_grad[15:]))
         for part, kept in zip(call.layout.all_rows(), kept_rows, strict=True):
             work = _Chunk(call, source, rule, terms, norm, part.chunk, _Attention.of(kept[:4]))
-            x = work.mix()
+            x, state = work.mix_again()
             rows = part.chunk.rows
             grad = grad_raw[rows].to(x.dtype)
             grad_x = _feed_forward_backward(x, raw[rows].to(x.dtype), grad, kept[4:], hidden, call, found)
-            grad_edges = _attention_backward(work, grad_x, norm, found_terms, found)
+            grad_edges = _attention_backward(work, state, grad_x, norm, found_terms, found)
             if collected.needed:
                 collected.add(part.chunk, grad_edges)
         call.kernels.release()
         return (
-            *(None,) * 5,
+            *(None,) * 6,
             found_terms.direction,
             found_terms.offset,
             found_terms.value,
@@ -292,12 +321,16 @@ def _feed_forward_backward(
 
 
 def _attention_backward(
-    work: _Chunk, grad: Tensor, norm: NormWeights, found_terms: EndTerms, found: BlockWeights
+    work: _Chunk, state: MixState | None, grad: Tensor, norm: NormWeights, found_terms: EndTerms, found: BlockWeights
 ) -> Tensor:
     """Gradient of the edges (n, b, b, D) from that of the mixed ones (R, D); adds the nodes' to `found_terms`."""
     chunk = work.chunk
-    edges = work.source.values(chunk) if work.edges is None else work.edges
-    back = work.call.kernels.mix_backward(edges, work.values, work.attention.weights, norm, grad.view(edges.shape))
+    kernels, ends_of = work.call.kernels, (work.values, work.attention.weights, norm, chunk.of_rows(grad))
+    if state is None:
+        edges = work.source.values(chunk) if work.edges is None else work.edges
+        back = kernels.mix_backward(edges, *ends_of)
+    else:
+        back = kernels.mix_gradient(state, *ends_of)
     found.norm_weight.add_(back.norm_weight)
     found.norm_bias.add_(back.norm_bias)
     add_ends(found_terms.value, chunk, *back.values)
@@ -311,7 +344,7 @@ def _attention_backward(
         first, second = work.factors
         by_first, by_second = first * torch.bmm(margin, second), -second * torch.bmm(margin.mT, first)
     else:
-        weighted = edges * margin[..., None]
+        weighted = work.edges * margin[..., None]
         by_first, by_second = weighted.sum(2), -weighted.sum(1)
     add_ends(found_terms.direction, chunk, by_first, by_second)
     slope = work.directions[0][:, :, None] - work.directions[1][:, None, :]

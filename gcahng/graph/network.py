@@ -269,9 +269,12 @@ class GraphNetwork(nn.Module):
             with torch.set_grad_enabled(gradient):
                 terms = EndTerms(*(plan.positions(t) for t in edge_block.end_node_terms(h, call.dtype)))
                 rule = edge_block.rule(layer, moments=layer == last and self.training)
-                raw, moments = update_edges(source, terms, edge_block.weights(), rule, edge_pass)
+                updated = update_edges(source, terms, edge_block.weights(), rule, edge_pass)
             norm = edge_block.norm.layer_norm
-            source = StoredEdges(raw, norm.weight, norm.bias, edge_block.norm.gelu, norm.eps, kernels)
+            source = StoredEdges(
+                updated.raw, norm.weight, norm.bias, edge_block.norm.gelu, norm.eps, kernels, updated.values
+            )
+            moments = updated.moments
         assert isinstance(source, StoredEdges)
         return h, self._coefficients(layout, source, moments, call)
 

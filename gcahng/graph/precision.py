@@ -37,9 +37,17 @@ def without_autocast(backward: Callable[P, Result]) -> Callable[P, Result]:
     return run
 
 
+# On the CPU, products with fewer rows gain nothing from lower precision: converting the weights costs more.
+FEWEST_ROWS_ON_CPU = 256
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-    """x Wᵀ + bias with the product's operands in `dtype` and the result back in x's dtype."""
-    if dtype is None:
+    """x Wᵀ + bias with the product's operands in `dtype` and the result back in x's dtype.
+
+    On the CPU, products of a few rows stay in x's dtype.
+    """
+    few = x.device.type == "cpu" and x.numel() < FEWEST_ROWS_ON_CPU * x.shape[-1]
+    if dtype is None or (few and weight.dtype == x.dtype):
         return F.linear(x, weight, bias)
     result = F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
     return result if bias is None else result + bias

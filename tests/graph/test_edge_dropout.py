@@ -137,7 +137,7 @@ def test_an_edge_block_equals_a_loop(law: str | None) -> None:
     source = _AsTheyAre(raw, torch.ones(8).double(), torch.zeros(8).double(), False, 0.0, EagerKernels())
     with torch.no_grad():
         terms = EndTerms(*(plan.positions(t) for t in block.end_node_terms(h, None)))
-        new, _ = update_edges(source, terms, block.weights(), block.rule(3, moments=False), call)
+        new = update_edges(source, terms, block.weights(), block.rule(3, moments=False), call).raw
         torch.testing.assert_close(block.norm(table_of(call.layout, new)), want, rtol=1e-11, atol=1e-12)
 
 

@@ -86,7 +86,7 @@ def test_update_of_product_edges(name: str, law: str) -> None:
     x, terms, weights = normal(BATCH, DIM, seed=3), terms_of(BATCH, DIM), weights_of(DIM)
     inputs = {"x": x} | fields(terms) | fields(weights)
     source = ProductEdges(call.layout.plan.positions(x))
-    raw, _ = update_edges(source, at_positions(terms, call.layout.plan), centred(weights), rule(), call)
+    raw = update_edges(source, at_positions(terms, call.layout.plan), centred(weights), rule(), call).raw
     want = plain_update(x[:, None] * x[None], terms, centred(weights), LAWS[law], layer=1, gelu=True)
     assert_close(gradients(table_of(call.layout, raw), inputs), gradients(want, inputs), 1e-12)
 
@@ -101,7 +101,7 @@ def test_update_of_stored_edges(name: str, law: str, gelu: bool) -> None:
     # The weights of the norm before the block are those of another block.
     inputs = {"raw": before, "weight before": source.weight, "bias before": source.bias}
     inputs |= fields(terms) | fields(weights)
-    raw, _ = update_edges(source, at_positions(terms, call.layout.plan), centred(weights), rule(gelu=gelu), call)
+    raw = update_edges(source, at_positions(terms, call.layout.plan), centred(weights), rule(gelu=gelu), call).raw
     edges = table_of(call.layout, norm_of(before, source.weight, source.bias, gelu=gelu))
     # A row that stands for both directions has symmetric masks, so the plain formula may compute either.
     want = plain_update(edges, terms, centred(weights), LAWS[law], layer=1, gelu=gelu)
@@ -113,9 +113,8 @@ def test_a_plan_of_some_pairs_updates_those() -> None:
     x, terms, weights = normal(BATCH, DIM, seed=3), terms_of(BATCH, DIM), weights_of(DIM)
     inputs = {"x": x} | fields(terms) | fields(weights)
     source = ProductEdges(call.layout.plan.positions(x))
-    raw, moments = update_edges(
-        source, at_positions(terms, call.layout.plan), centred(weights), rule(moments=True), call
-    )
+    updated = update_edges(source, at_positions(terms, call.layout.plan), centred(weights), rule(moments=True), call)
+    raw, moments = updated.raw, updated.moments
     listed = listed_edges(call.layout)
     plain = plain_update(x[:, None] * x[None], terms, centred(weights), LAWS["independent"], layer=1, gelu=True)
     want = plain * listed[..., None]
@@ -134,14 +133,15 @@ def test_moments_are_those_of_the_new_edges(name: str, law: str) -> None:
     x, terms, weights = normal(BATCH, DIM, seed=3), terms_of(BATCH, DIM), weights_of(DIM)
     source = ProductEdges(call.layout.plan.positions(x))
     arguments = (source, at_positions(terms, call.layout.plan), centred(weights))
-    raw, moments = update_edges(*arguments, rule(moments=True), call)
+    updated = update_edges(*arguments, rule(moments=True), call)
+    raw, moments = updated.raw, updated.moments
     assert moments is not None
     mean, variance = moments.over(identity, BATCH**2)
     table = norm_of(table_of(call.layout, raw), weights.norm_weight, weights.norm_bias, gelu=True).detach()
     want_variance, want_mean = torch.var_mean(table.flatten(0, 1), 0, correction=0)
     torch.testing.assert_close(mean, want_mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(variance, want_variance, rtol=1e-12, atol=1e-12)
-    assert update_edges(*arguments, rule(), call)[1] is None
+    assert update_edges(*arguments, rule(), call).moments is None
 
 
 @pytest.mark.parametrize("kind", ["products", "stored"])
@@ -158,7 +158,7 @@ def test_derivatives_are_those_of_differences(kind: str, law: str) -> None:
 
     def raw(*tensors: Tensor) -> Tensor:
         terms, weights = EndTerms(*tensors[:3]), BlockWeights(*tensors[3:9])
-        return update_edges(source.with_tensors(tensors[9:]), terms, weights, rule(), call)[0]
+        return update_edges(source.with_tensors(tensors[9:]), terms, weights, rule(), call).raw
 
     assert torch.autograd.gradcheck(raw, (*inputs, *source.tensors), fast_mode=True)
 
@@ -168,7 +168,7 @@ def run_both(call: EdgePass) -> dict[str, Tensor]:
     x = normal(BATCH, 32, seed=3, scale=32**-0.5, dtype=torch.float32)
     terms, weights = terms_of(BATCH, 32, torch.float32), weights_of(32, torch.float32)
     source = ProductEdges(call.layout.plan.positions(x))
-    raw, _ = update_edges(source, at_positions(terms, call.layout.plan), centred(weights), rule(), call)
+    raw = update_edges(source, at_positions(terms, call.layout.plan), centred(weights), rule(), call).raw
     assert raw.dtype == call.storage
     return gradients(table_of(call.layout, raw).float(), {"x": x} | fields(terms) | fields(weights))
 
@@ -203,7 +203,7 @@ def test_a_backward_pass_inside_autocast_changes_no_bit(low: torch.dtype | None)
         terms_of(plan.order.numel(), 16, torch.float32),
         weights_of(16, torch.float32),
     )
-    raw, _ = update_edges(ProductEdges(x), terms, weights, rule(), call)
+    raw = update_edges(ProductEdges(x), terms, weights, rule(), call).raw
     inputs = [x, *fields(terms).values(), *fields(weights).values()]
     want = torch.autograd.grad(raw, inputs, torch.ones_like(raw), retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -245,7 +245,7 @@ def test_nothing_grows_with_the_edges_but_the_buffer(kind: str, law: str) -> Non
         return tensor
 
     with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        raw, _ = update_edges(source, at_positions(terms, plan), centred(weights), rule(), call)
+        raw = update_edges(source, at_positions(terms, plan), centred(weights), rule(), call).raw
         raw.backward(torch.ones_like(raw))
     assert largest.elements == rows * DIM
     assert max(kept) == rows * DIM

@@ -37,6 +37,7 @@ class CompiledKernels(EagerKernels):
     """Compiled twins of the functions that take whole chunks."""
 
     name = "compiled"
+    keeps_mix_state = False
 
     def __init__(self, compiler: str = "inductor") -> None:
         """

@@ -59,6 +59,22 @@ def lowered(x: Tensor, low: torch.dtype | None) -> Tensor:
 
 
 @dataclass(frozen=True)
+class MixState:
+    """What `mix` computes on its way, for its backward pass.
+
+    Attributes:
+        attended: (n, b, b, D) before the norm.
+        inner: (n, b, b, D) what the LayerNorm took.
+        mean, rstd: (n, b, b, 1) of the LayerNorm.
+    """
+
+    attended: Tensor
+    inner: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+@dataclass(frozen=True)
 class MixGradient:
     """Gradients of the arguments of `EagerKernels.mix`.
 
@@ -80,6 +96,8 @@ class EagerKernels:
     """One torch operation after the other."""
 
     name = "eager"
+    # Whether a backward pass keeps a chunk's `mix_state` from its forward half; kernels that fuse it compute it again.
+    keeps_mix_state = True
 
     def release(self) -> None:
         """Give back what was kept between chunks; the end of a pass."""
@@ -147,8 +165,31 @@ class EagerKernels:
         grad: Tensor,
     ) -> "MixGradient":
         """Gradients of everything `mix` takes, from that of its result (n, b, b, D)."""
+        return self.mix_gradient(self.mix_state(edges, values, weights, norm)[1], values, weights, norm, grad)
+
+    def mix_state(
+        self, edges: Tensor, values: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], norm: NormWeights
+    ) -> tuple[Tensor, MixState]:
+        """`mix`, and what its backward pass can use."""
         attended = self.attended(edges, values, weights)
-        grad_edges, grad_weight, grad_bias = self.normalise_backward(attended, grad, norm)
+        inner = aten.gelu(attended) if norm.gelu else attended
+        x, mean, rstd = aten.native_layer_norm(inner, [edges.shape[-1]], norm.weight, norm.bias, norm.eps)
+        return x, MixState(attended, inner, mean, rstd)
+
+    def mix_gradient(
+        self,
+        state: MixState,
+        values: tuple[Tensor, Tensor],
+        weights: tuple[Tensor, Tensor],
+        norm: NormWeights,
+        grad: Tensor,
+    ) -> "MixGradient":
+        """`mix_backward` from what the forward pass had."""
+        grad_edges, grad_weight, grad_bias = aten.native_layer_norm_backward(
+            grad, state.inner, [grad.shape[-1]], state.mean, state.rstd, norm.weight, norm.bias, [True, True, True]
+        )
+        if norm.gelu:
+            grad_edges = aten.gelu_backward(grad_edges, state.attended)
         first, second = values
         n, b, _, dim = grad_edges.shape
         return MixGradient(

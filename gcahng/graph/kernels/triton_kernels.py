@@ -58,6 +58,7 @@ class TritonKernels(EagerKernels):
     """
 
     name = "triton"
+    keeps_mix_state = False
 
     def __init__(self, *, float32_products: bool = False) -> None:
         """

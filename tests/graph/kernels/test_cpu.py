@@ -68,7 +68,7 @@ def run(call: EdgePass, positions: int) -> tuple[Tensor, ...]:
     )
     shapes = ((DIM,), (DIM,), (WIDTH, DIM), (WIDTH,), (DIM, WIDTH), (DIM,))
     weights = BlockWeights(*(normal(*s, seed=20 + n, dtype=torch.float32) for n, s in enumerate(shapes)))
-    raw, _ = update_edges(ProductEdges(x), terms, weights, UpdateRule(0, True, 1e-5, 1e-5, False), call)
+    raw = update_edges(ProductEdges(x), terms, weights, UpdateRule(0, True, 1e-5, 1e-5, False), call).raw
     inputs = [x, *vars(terms).values(), *vars(weights).values()]
     return raw, *torch.autograd.grad(raw, inputs, torch.ones_like(raw))
 
