@@ -258,6 +258,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="timed runs of each arm")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
     options = parser.parse_args(arguments)
+    for size in options.sizes or ():
+        if "classifier" in options.parts and size.training_classes <= size.num_classes:
+            parser.error(f"--parts classifier needs more training classes than classes in the batch, N > P: got {size}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     for name in ("repeats", "threads"):

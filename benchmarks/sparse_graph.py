@@ -72,8 +72,12 @@ class Spec:
     def name(self, what: str) -> str:
         """A row's name."""
         size = Size.parse(self.size)
+        precision = self.precision
+        if self.device == "cpu" and precision == "bf16":
+            precision += f" ({machine.bf16_instructions() or 'no instructions for it'})"
         backend = "" if self.backend == "auto" else f", backend {self.backend}"
-        return f"sparse graph {what}, {self.device} {self.precision} {size} k{self.neighbours}{backend}"
+        chunk = "" if self.edges_per_chunk is None else f", {self.edges_per_chunk} edges per chunk"
+        return f"sparse graph {what}, {self.device} {precision} {size} k{self.neighbours}{backend}{chunk}"
 
 
 class Sparse(Ours):

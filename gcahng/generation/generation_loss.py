@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gcahng.errors import InputError
 from gcahng.generation.constant_classifier import ConstantClassifier
 from gcahng.generation.diversity import Spread
 from gcahng.generation.pair_synthesis import ChunkedCoefficients, ChunkSynthesis, Pulls, Way, both, chunk_coefficients
-from gcahng.generation.synthesis import PlacedBatch, Synthesis, place
+from gcahng.generation.synthesis import PlacedBatch, Synthesis, check_coefficients, place
 from gcahng.graph import identity
 from gcahng.graph.coefficients import Coefficients, PairCoefficients, TableCoefficients, UnitCoefficients
 from gcahng.graph.edge_layout import ChunkRows
 from gcahng.graph.precision import without_autocast
 from gcahng.graph.read_out import ReadOutGradient
+from gcahng.layout import check_labels
 from gcahng.losses.synthetic import classification_loss, diversity_loss, similarity_loss
 
 # As torch's cosine_similarity: no length counts as less.
@@ -72,8 +74,14 @@ def generation_loss(
         class_labels: (P,) int64 training labels of the batch's classes.
         factors: Of the parts.
         reduce: Differentiable sum over processes.
+    Returns:
+        J_gen and its parts, scalars.
+    Raises:
+        InputError: Labels, classifier, mixing weights or the coefficients' plan do not fit the batch.
     """
     z = z.detach()
+    check_coefficients(z, coefficients)
+    _check(z, synthesis, classifier, class_labels)
     if isinstance(coefficients, TableCoefficients):
         return _of_table(z, coefficients, synthesis, classifier, class_labels, factors)
     with torch.no_grad():
@@ -84,6 +92,31 @@ def generation_loss(
         return GenerationLoss(*losses)
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         return _measure(call, None)
+
+
+def _check(z: Tensor, synthesis: Synthesis, classifier: ConstantClassifier, class_labels: Tensor) -> None:
+    num_classes = z.shape[0] // synthesis.num_samples
+    check_labels(class_labels, class_labels.numel(), "class_labels")
+    if class_labels.shape != (num_classes,):
+        raise InputError(
+            f"`class_labels` must have one entry per class of the batch: expected shape ({num_classes},), got "
+            f"{tuple(class_labels.shape)}. Pass `class_labels` of `gcahng.layout.group_major(labels)`."
+        )
+    if not isinstance(classifier, ConstantClassifier):
+        raise InputError(
+            f"`classifier` must be a ConstantClassifier: got {type(classifier).__name__}. For a linear layer write "
+            "`ConstantClassifier(layer.weight, layer.bias)`."
+        )
+    shape = tuple(classifier.weight.shape)
+    outputs = shape[0]
+    if shape[1:] != (z.shape[1],):
+        raise InputError(f"`classifier.weight` must have shape (N, D) with D = {z.shape[1]}: got {shape}.")
+    # On another device looking at the labels would wait for it.
+    if class_labels.device.type == "cpu" and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < outputs:
+        raise InputError(
+            f"`class_labels` must lie in 0 ... {outputs - 1}, the classifier's outputs: got {int(class_labels.min())} "
+            f"to {int(class_labels.max())}. Number the training classes from 0."
+        )
 
 
 def _of_table(

@@ -15,7 +15,7 @@ from gcahng.errors import InputError
 from gcahng.generation.fusion import fusion_shares
 from gcahng.generation.interpolation import Interpolation, positive_distances
 from gcahng.generation.negatives import generate_negatives
-from gcahng.graph import PairPlan
+from gcahng.graph import Coefficients, PairPlan, UnitCoefficients
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,31 @@ class PlacedBatch:
         return self.with_tensors((empty, None, empty))
 
 
+def check_coefficients(z: Tensor, coefficients: Coefficients) -> None:
+    """Raise an InputError unless these are coefficients for embeddings of that width.
+
+    Args:
+        z: (B, D).
+        coefficients: `GraphOutput.coefficients`, or what else `gcahng.graph` has for them.
+    """
+    if not isinstance(coefficients, Coefficients):
+        raise InputError(
+            f"`coefficients` must be one of {', '.join(kind.__name__ for kind in Coefficients.__args__)}: got "
+            f"{type(coefficients).__name__}. Pass `coefficients` of the graph's output."
+        )
+    if isinstance(coefficients, UnitCoefficients):
+        return
+    channels = coefficients.num_channels
+    if z.dim() != 2 or z.shape[1] != channels:
+        raise InputError(f"`z` must have shape (B, D) with D = {channels} as its coefficients: got {tuple(z.shape)}.")
+
+
 def place(z: Tensor, plan: PairPlan, synthesis: Synthesis) -> PlacedBatch:
     """Lay out a batch, with gradient to z.
 
     Args:
         z: (B, D), group-major.
-        plan: Its blocks hold whole classes, class-major (`gcahng.graph.pairs.class_major_plan`).
+        plan: Its blocks hold whole classes, class-major (`gcahng.graph.class_major_plan`).
         synthesis: The pass.
     Raises:
         InputError: The plan is not for this batch, or cuts classes apart.
@@ -131,7 +150,7 @@ def place(z: Tensor, plan: PairPlan, synthesis: Synthesis) -> PlacedBatch:
         raise InputError(
             f"`plan` must hold whole classes of K = {num_samples} of the {z.shape[0]} samples in each block, class "
             f"after class: got blocks of {plan.block_size} for {plan.batch_size} samples. Call the graph with a plan "
-            "from `gcahng.graph.pairs.class_major_plan`."
+            "from `gcahng.graph.class_major_plan`."
         )
     group = torch.arange(plan.block_size, device=z.device) % num_samples
     shares = fusion_shares(synthesis.weights.to(z))[group][:, group]

@@ -13,7 +13,7 @@ from torch import Tensor
 from gcahng.errors import InputError
 from gcahng.generation.interpolation import positives
 from gcahng.generation.pair_synthesis import ChunkedCoefficients, ChunkSynthesis, Way, both, chunk_coefficients
-from gcahng.generation.synthesis import PlacedBatch, Synthesis, place
+from gcahng.generation.synthesis import PlacedBatch, Synthesis, check_coefficients, place
 from gcahng.generation.synthesis_gradient import BatchGradient
 from gcahng.graph import identity
 from gcahng.graph.coefficients import Coefficients, PairCoefficients, TableCoefficients, UnitCoefficients
@@ -43,9 +43,12 @@ def synthetic_loss(
         coefficients: Of the batch.
         synthesis: The metric pass's.
         reduce: Differentiable sum over processes.
+    Returns:
+        A scalar.
     Raises:
-        InputError: Coefficients with gradient that are not all here.
+        InputError: Coefficients with gradient that are not all here, or whose plan does not fit the batch.
     """
+    check_coefficients(z, coefficients)
     if isinstance(coefficients, TableCoefficients | PairCoefficients):
         return synthetic_n_pair_loss(z, synthesis.all_at_once(z, _whole_table(coefficients)))
     batch = place(z, coefficients.plan, synthesis)

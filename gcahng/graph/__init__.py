@@ -7,8 +7,9 @@ from gcahng.graph.coefficients import (
     TableCoefficients,
     UnitCoefficients,
 )
+from gcahng.graph.neighbours import neighbour_plan
 from gcahng.graph.network import GraphNetwork, GraphOutput, identity
-from gcahng.graph.pairs import PairPlan, block_classes, pair_plan
+from gcahng.graph.pairs import PairPlan, block_classes, class_major_plan, pair_plan
 
 __all__ = [
     "Coefficients",
@@ -20,6 +21,8 @@ __all__ = [
     "TableCoefficients",
     "UnitCoefficients",
     "block_classes",
+    "class_major_plan",
     "identity",
+    "neighbour_plan",
     "pair_plan",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gcahng.errors import InputError
 from gcahng.graph.edge_layout import EdgeLayout
 from gcahng.graph.pairs import PairPlan
 from gcahng.graph.read_out import ReadOut
@@ -40,6 +41,11 @@ class PairCoefficients:
         """(D,) that is added to every logit."""
         return self.read_out.bias.detach()
 
+    @property
+    def num_channels(self) -> int:
+        """D."""
+        return self.read_out.bias.shape[0]
+
     def table(self) -> Tensor:
         """(B, B, D) in the order of the samples, with gradient; the plan must list every pair."""
         return dense(self.layout, self.read_out.rows())
@@ -67,6 +73,11 @@ class ConstantCoefficients:
         """(rows, D) logits without bias; the buffer itself."""
         return self.buffer
 
+    @property
+    def num_channels(self) -> int:
+        """D."""
+        return self.bias.shape[0]
+
     def table(self) -> Tensor:
         """(B, B, D) in the order of the samples; the plan must list every pair."""
         return dense(self.layout, torch.sigmoid(self.buffer.to(self.bias.dtype) + self.bias))
@@ -83,6 +94,11 @@ class TableCoefficients:
 
     plan: PairPlan
     values: Tensor
+
+    @property
+    def num_channels(self) -> int:
+        """D."""
+        return self.values.shape[-1]
 
     def table(self) -> Tensor:
         """(B, B, D) in the order of the samples."""
@@ -108,8 +124,17 @@ Coefficients = PairCoefficients | ConstantCoefficients | TableCoefficients | Uni
 
 
 def dense(layout: EdgeLayout, buffer: Tensor) -> Tensor:
-    """The rows of a plan that lists every pair as one (B, B, D) tensor in the order of the samples."""
+    """The rows of a plan that lists every pair as one (B, B, D) tensor in the order of the samples.
+
+    Raises:
+        InputError: The plan lists some of the pairs.
+    """
     plan = layout.plan
+    if not plan.dense or plan.share[1] > 1:
+        raise InputError(
+            "A table of coefficients needs every pair of the batch: got the plan of a sparse graph, or of one process "
+            "among several. Pass `coefficients` on to `gcahng.generation.synthetic_loss` or `generation_loss`."
+        )
     b, blocks = plan.block_size, plan.num_blocks
     rows, columns, values = [], [], []
     for part in layout.parts:

@@ -100,9 +100,10 @@ class EdgeLayout:
                 torch.cat([each[side].expand(-1, *_grid(each)).reshape(-1, 1, 1) for each in ends_of])
                 for side in (0, 1)
             )
-            self._drawn[layer, dtype] = self.dropout.scales(first, second, layer, dtype, kernels)
+            drawn = self.dropout.scales(first, second, layer, dtype, kernels)
+            self._drawn[layer, dtype] = drawn[0].flatten(), drawn[1].flatten()
         first, second = self._drawn[layer, dtype]
-        return chunk.of(first[:, 0, 0]), chunk.of(second[:, 0, 0])
+        return chunk.of(first), chunk.of(second)
 
     def directions(self, part: ChunkRows, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
         """Values of the chunk's ordered edges: anchors first (n, b, b, ...), and anchors second, None if diagonal.

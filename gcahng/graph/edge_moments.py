@@ -43,7 +43,7 @@ class EdgeMoments:
         else:
             count = self.count.new_full((), weights * edges.shape[0])
             mean = edges.mean(0)
-            squares = weights * (edges - mean).square().sum(0)
+            squares = weights * (edges - mean).square_().sum(0)
         total = (self.count + count).clamp_min(1)
         shift = mean - self.mean
         self.mean = self.mean + shift * (count / total)

@@ -53,7 +53,7 @@ def bare(source: EdgeSource) -> EdgeSource:
 
 @dataclass(frozen=True)
 class ProductEdges:
-    """First-layer edges x_i * x_j, channel by channel (method section 3).
+    """First-layer edges x_i * x_j, channel by channel.
 
     Attributes:
         x: (num_positions, D) unit-length centred embeddings by block position.

@@ -226,7 +226,7 @@ class _Update(torch.autograd.Function):
             inner, h, mean, rstd = call.kernels.hidden(x, hidden, call.low, keep=keep_inner)
             y = (h @ hidden.weight_out.t()).to(x.dtype)
             del h
-            y = y.mul_(rstd).add_(weights.shift).add_(x)
+            y = x.addcmul_(y, rstd).add_(weights.shift)
             done = call.kernels.normalise(y, norm) if moments is not None or values is not None or not keep else y
             raw[part.chunk.rows] = y if keep else done
             if values is not None:
@@ -310,7 +310,8 @@ def _feed_forward_backward(
     inner, mean, rstd = kept
     assert mean is not None and rstd is not None
     # raw - x - shift is the product with weight_out times rstd: what the variance acts on.
-    row = (grad * (raw - x - hidden.shift)).sum(1, keepdim=True) * rstd.square() / hidden.bias_in.numel()
+    through_rstd = (raw - x).sub_(hidden.shift).mul_(grad).sum(1, keepdim=True)
+    row = through_rstd * rstd.square() / hidden.bias_in.numel()
     scaled = lowered(grad * rstd, call.low)
     grad_inner, h, grad_bias = call.kernels.hidden_backward(x, inner, scaled, row, mean, hidden, call.low)
     accumulate_product(found.weight_out, scaled, h)

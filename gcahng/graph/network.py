@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from gcahng.graph.edge_update import EndTerms, update_edges
 from gcahng.graph.features import unit_centred
 from gcahng.graph.kernels import EagerKernels
 from gcahng.graph.pairs import PairPlan, block_classes, pair_plan
-from gcahng.graph.precision import autocast_dtype, linear
+from gcahng.graph.precision import autocast_dtype, linear, node_dtype
 from gcahng.graph.read_out import ReadOut, running_statistics, update_running
 from gcahng.layout import check_embeddings, check_labels
 
@@ -73,9 +73,13 @@ class GraphOutput:
 
     @property
     def pull_coefficients(self) -> Tensor:
-        """(B, B, D) in (0, 1): how far negative j keeps from anchor i, channel by channel."""
-        assert self.coefficients is not None, "the graph was called with need_coefficients=False"
-        assert not isinstance(self.coefficients, UnitCoefficients)
+        """(B, B, D) in (0, 1): how far negative j keeps from anchor i, channel by channel.
+
+        Raises:
+            InputError: There are none, or only those of some pairs.
+        """
+        if self.coefficients is None or isinstance(self.coefficients, UnitCoefficients):
+            raise InputError("The graph has no coefficients: it was called with need_coefficients=False. Leave it out.")
         return self.coefficients.table()
 
 
@@ -159,6 +163,10 @@ class GraphNetwork(nn.Module):
         self.edge_norm = frozen_bias_batch_norm(embedding_dim)
         self.edge_out = nn.Linear(embedding_dim, embedding_dim)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Kernels belong to a machine: who loads the network elsewhere may not even be able to make them.
+        return {**self.__dict__, "_kernels": {}}
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trained parameters by the passes that reach them: "both", "metric" only, "generation" only.
 
@@ -212,7 +220,8 @@ class GraphNetwork(nn.Module):
             labels: (B,) int64; samples of one class do not attend to each other.
             dropout_key: Key of the dropout masks in training (see `gcahng.random.stream_key`); by default a new one
                 is drawn from torch's global generator.
-            plan: Block pairs that this process computes; by default all of them.
+            plan: Block pairs that this process computes; by default all of them, in blocks that do not suit the
+                losses of `gcahng.generation`: those need one from `class_major_plan` or `neighbour_plan`.
             need_coefficients: False skips the last edge block and the edge read-out.
             coefficient_gradient: False computes them without gradient (the metric pass).
             reduce: Differentiable sum of partial sums over processes.
@@ -226,6 +235,8 @@ class GraphNetwork(nn.Module):
             key = int(torch.randint(2**62, ()).item()) if dropout_key is None else dropout_key
             dropout = EdgeDropout(self.dropout, key, self.tied)
         plan = self.plan(z.shape[0], z.device) if plan is None else plan
+        if plan.batch_size != z.shape[0]:
+            raise InputError(f"`plan` is for {plan.batch_size} samples: got {z.shape[0]} embeddings. Make another.")
         if self.backend == "scatter" and not plan.dense:
             raise InputError(
                 "backend scatter computes every pair, but the plan lists some (graph.neighbours). Use backend auto."
@@ -236,7 +247,7 @@ class GraphNetwork(nn.Module):
         run = self._scatter if self.backend == "scatter" else self._pairs
         with torch.autocast(z.device.type, enabled=False):
             h, coefficients = run(z, labels, call)
-            logits = linear(self.node_norm(h), self.node_classifier, dtype)
+            logits = linear(self.node_norm(h), self.node_classifier, node_dtype(h, dtype))
         return GraphOutput(logits, coefficients)
 
     def _pairs(self, z: Tensor, labels: Tensor, call: _Pass) -> tuple[Tensor, Coefficients | None]:
@@ -247,27 +258,28 @@ class GraphNetwork(nn.Module):
         kernels = self.kernels(plan, z.device)
         edge_pass = EdgePass(layout, kernels, call.dtype, _storage(z, call.dtype), self.keep_bytes)
         source: EdgeSource = ProductEdges(plan.positions(unit_centred(z)))
-        h = linear(z, self.reduction, call.dtype)
+        low = node_dtype(z, call.dtype)
+        h = linear(z, self.reduction, low)
         last = len(self.node_blocks) - 1
         moments: EdgeMoments | None = None
         for layer, (node_block, edge_block) in enumerate(zip(self._nodes(), self._edges(), strict=True)):
             attended = None
             if node_block.attends and other_class is not None:
-                attended = node_block.attend(h, other_class, call.dtype)
+                attended = node_block.attend(h, other_class, low)
             elif node_block.attends:
-                attended = node_block.attend_listed(h, labels, plan, call.dtype, call.reduce)
+                attended = node_block.attend_listed(h, labels, plan, low, call.reduce)
             message = None
             if node_block.sums_edges:
                 summed = edge_to_node_sums(
                     source, node_block.edge_to_node.weight, node_block.edge_to_node.bias, edge_pass
                 )
                 message = call.reduce(summed) * self._aggregation_factor(plan)
-            h = node_block.update(h, attended, message, call.dtype)
+            h = node_block.update(h, attended, message, low)
             if layer == last and not call.need_coefficients:
                 return h, None
             gradient = torch.is_grad_enabled() and (call.coefficient_gradient or layer < last)
             with torch.set_grad_enabled(gradient):
-                terms = EndTerms(*(plan.positions(t) for t in edge_block.end_node_terms(h, call.dtype)))
+                terms = EndTerms(*(plan.positions(t) for t in edge_block.end_node_terms(h, low)))
                 rule = edge_block.rule(layer, moments=layer == last and self.training)
                 updated = update_edges(source, terms, edge_block.weights(), rule, edge_pass)
             norm = edge_block.norm.layer_norm
@@ -285,9 +297,9 @@ class GraphNetwork(nn.Module):
         norm, out = self.edge_norm, self.edge_out
         # The BatchNorm's bias is not trained, but need not be zero in a loaded state.
         bias = nn.functional.linear(norm.bias, out.weight, out.bias)
-        read_out = ReadOut(
-            layout, edges, mean, variance, self.training, norm.weight, norm.eps, out.weight, bias, call.dtype
-        )
+        # In float16 the gradients of logits, made before a loss scaler can raise them, would be zero.
+        low = None if call.dtype == torch.float16 else call.dtype
+        read_out = ReadOut(layout, edges, mean, variance, self.training, norm.weight, norm.eps, out.weight, bias, low)
         if call.coefficient_gradient and torch.is_grad_enabled():
             return PairCoefficients(read_out)
         # Nobody needs the edges any more: the logits take their place.
@@ -348,8 +360,11 @@ class GraphNetwork(nn.Module):
 
 
 def _storage(z: Tensor, low: torch.dtype | None) -> torch.dtype:
-    """Dtype of the edge buffer: where memory is scarce, that of the matrix products."""
-    return z.dtype if low is None or z.device.type == "cpu" else low
+    """Dtype of the edge buffer: where memory is scarce, bfloat16 if matrix products are.
+
+    Never float16: gradients of logits stand there before a loss scaler raises them into its range.
+    """
+    return torch.bfloat16 if low == torch.bfloat16 and z.device.type != "cpu" else z.dtype
 
 
 def _check_sizes(dim: int, num_classes: int, num_layers: int, num_heads: int, dropout: float) -> None:

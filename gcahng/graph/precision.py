@@ -41,13 +41,16 @@ def without_autocast(backward: Callable[P, Result]) -> Callable[P, Result]:
 FEWEST_ROWS_ON_CPU = 256
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-    """x Wᵀ + bias with the product's operands in `dtype` and the result back in x's dtype.
+def node_dtype(nodes: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype for matrix products over nodes (B, D), where `dtype` is that of the edges' products."""
+    if nodes.device.type == "cpu" and nodes.shape[0] < FEWEST_ROWS_ON_CPU:
+        return None
+    return dtype
 
-    On the CPU, products of a few rows stay in x's dtype.
-    """
-    few = x.device.type == "cpu" and x.numel() < FEWEST_ROWS_ON_CPU * x.shape[-1]
-    if dtype is None or (few and weight.dtype == x.dtype):
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """x Wᵀ + bias with the product's operands in `dtype` and the result back in x's dtype."""
+    if dtype is None:
         return F.linear(x, weight, bias)
     result = F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
     return result if bias is None else result + bias

@@ -79,12 +79,15 @@ class ReadOut:
 
     def normalised(self, part: ChunkRows) -> Tensor:
         """The chunk's edges after the BatchNorm without its weight: (R, D)."""
-        values = self.edges.values(part.chunk).flatten(0, 2)
-        return (values - self.mean).mul_(self.rstd())
+        return self._scaled(part, self.rstd())
 
     def logits(self, part: ChunkRows) -> Tensor:
         """The chunk's logits without bias: (R, D)."""
-        return product(self.normalised(part) * self.scale, self.weight, None, self.low)
+        return product(self._scaled(part, self.rstd() * self.scale), self.weight, None, self.low)
+
+    def _scaled(self, part: ChunkRows, factor: Tensor) -> Tensor:
+        """(edge - mean) * factor in one sweep, as BatchNorm itself computes it: (R, D)."""
+        return torch.addcmul(-self.mean * factor, self.edges.values(part.chunk).flatten(0, 2), factor)
 
     def fill(self, buffer: Tensor) -> Tensor:
         """Write all logits into `buffer` (rows, D), which may be the raw edges themselves; returns it."""
@@ -147,14 +150,21 @@ class ReadOutGradient:
         sums = reduce(sums) / plan.edge_count if read_out.batch_statistics else torch.zeros_like(sums)
         collected = StoredGradient(read_out.edges, True, into=self.buffer)
         factor = read_out.scale * read_out.rstd()
+        # What mean and variance pass back to an edge: -factor (sums[0] + sums[1] * normalised edge).
+        slope = -factor * sums[1] * read_out.rstd()
+        level = -factor * sums[0] - slope * read_out.mean
         for part in read_out.layout.all_rows():
             chunk = part.chunk
-            grad = (lowered(self.buffer[chunk.rows], read_out.low) @ matrix).to(factor.dtype)
+            grad = (lowered(self.buffer[chunk.rows], read_out.low) @ matrix).to(factor.dtype).mul_(factor)
             if read_out.batch_statistics:
                 weights = read_out.layout.weights(part, grad.dtype)
-                column = weights.reshape(-1, 1) if isinstance(weights, Tensor) else weights
-                grad = grad - (read_out.normalised(part) * sums[1] + sums[0]) * column
-            collected.add(chunk, chunk.of_rows(grad * factor))
+                values = read_out.edges.values(chunk).flatten(0, 2)
+                through_statistics = torch.addcmul(level, values, slope)
+                if isinstance(weights, Tensor):
+                    grad.addcmul_(through_statistics, weights.reshape(-1, 1))
+                else:
+                    grad.add_(through_statistics, alpha=weights)
+            collected.add(chunk, chunk.of_rows(grad))
         raw, norm_weight, norm_bias = collected.results()
         assert raw is not None and norm_weight is not None and norm_bias is not None
         return raw, norm_weight, norm_bias, by_channel, self._weight * read_out.scale, self._bias

@@ -1,4 +1,4 @@
-"""The metric model f: images to embeddings (method section 2)."""
+"""The metric model f: images to embeddings."""
 
 from collections import OrderedDict
 

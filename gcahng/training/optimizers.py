@@ -26,7 +26,7 @@ ALL_PASSES = "both"
 class PassGate:
     """Keeps parameters that a pass does not reach out of that pass's optimiser step.
 
-    The graph network is stepped twice per iteration, and each pass reaches other parameters (method section 4).
+    The graph network is stepped twice per iteration, and each pass reaches other parameters.
     PyTorch leaves the others' gradients None, so that AdamW neither decays them nor moves their moments; a backend
     that fills missing gradients with zeros would. The gate makes it explicit: parameter groups carry the pass that
     reaches them, and before each step the gradients of the other groups are set to None.

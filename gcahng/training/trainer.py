@@ -52,7 +52,7 @@ class Progress:
         step: Iterations finished.
         skipped: Unreadable images replaced so far.
         repaired: Draws of the sampler so far that gave way to others, since their batch held them already.
-        best: Best evaluation row by split: "validation" by MAP@R, "test" by R@1 (method section 7) and then MAP@R.
+        best: Best evaluation row by split: "validation" by MAP@R, "test" by R@1 and then MAP@R.
         scores: What the best rows were chosen by: [MAP@R], or [R@1, MAP@R].
         last: Newest evaluation rows by split.
     """

@@ -138,7 +138,8 @@ def test_an_edge_block_equals_a_loop(law: str | None) -> None:
     with torch.no_grad():
         terms = EndTerms(*(plan.positions(t) for t in block.end_node_terms(h, None)))
         new = update_edges(source, terms, block.weights(), block.rule(3, moments=False), call).raw
-        torch.testing.assert_close(block.norm(table_of(call.layout, new)), want, rtol=1e-11, atol=1e-12)
+        # Without gradient the edges come finished.
+        torch.testing.assert_close(table_of(call.layout, new), want, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["eager", "scatter"])

@@ -197,7 +197,8 @@ def test_the_edges_are_given_back_by_the_backward_pass(keep_bytes: int) -> None:
         gc.collect()
         known = {id(t) for t in of_others}
         tensors = [t for t in gc.get_objects() if type(t) is Tensor and id(t) not in known]
-        return sum(t.ndim > 1 and t.shape[0] == rows for t in tensors)
+        # Single numbers per edge, such as drawn masks, may stay.
+        return sum(t.shape[:1] == (rows,) and t.numel() > rows for t in tensors)
 
     assert len(waiting) > 50
     assert edges_held() > 0

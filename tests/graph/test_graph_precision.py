@@ -108,10 +108,10 @@ def test_edges_stay_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> N
     original = network.update_edges
 
     def watch(source: object, terms: EndTerms, weights: object, rule: object, call: EdgePass) -> object:
-        raw, moments = original(source, terms, weights, rule, call)  # type: ignore[arg-type]
-        seen.extend(t.dtype for t in (terms.direction, terms.offset, terms.value, raw))
+        updated = original(source, terms, weights, rule, call)  # type: ignore[arg-type]
+        seen.extend(t.dtype for t in (terms.direction, terms.offset, terms.value, updated.raw))
         assert call.low == torch.bfloat16
-        return raw, moments
+        return updated
 
     monkeypatch.setattr(network, "update_edges", watch)
     with torch.autocast("cpu", torch.bfloat16):
@@ -142,7 +142,8 @@ def test_a_backward_pass_inside_autocast_gives_the_same() -> None:
     outside, inside = (gradients(graph, z.float(), labels, inside=flag) for flag in (False, True))
     assert outside.keys() == inside.keys()
     for name, gradient in outside.items():
-        if "edge_blocks" in name and "ffn" in name:
+        # Nothing but edge operations lies between the loss and these.
+        if "edge_blocks.1" in name and "ffn" in name:
             assert torch.equal(inside[name], gradient), name
     # A float32 pass whose backward happens to run inside autocast.
     z = z.float().requires_grad_()

@@ -4,6 +4,7 @@ A fresh 8 MB tensor per chunk costs the page faults of 8 MB per chunk, a tenth o
 caching allocator.
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -13,10 +14,18 @@ from gcahng.graph.kernels.eager import EagerKernels, HiddenWeights, aten, column
 
 
 class CpuKernels(EagerKernels):
-    """`EagerKernels` with buffers: what `hidden` and `hidden_backward` return holds until the next call of either."""
+    """`EagerKernels` with buffers: what `hidden` and `hidden_backward` return holds until the next call of either.
+
+    Each thread has buffers of its own, so that several may use one network.
+    """
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._of_thread = threading.local()
+
+    @property
+    def _buffers(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = self._of_thread.__dict__
+        return found
 
     def release(self) -> None:
         """Give the buffers back; the end of a pass."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from triton_cases import CASES, Chunk, Draw, assert_near, edge_stage, reference, run
 
+from gcahng.graph.backends import FusedKernels
 from gcahng.graph.kernels import EagerKernels, HiddenWeights
 from gcahng.graph.kernels.triton_kernels import TritonKernels, triton_problem
 
@@ -81,6 +82,15 @@ def test_edge_stage_with_gradients(block: int, tied: bool, gelu: bool, low: torc
     want = edge_stage(EagerKernels(), Draw(4, torch.float64, "cpu"), None, **options)
     kernels = TritonKernels(float32_products=True)
     got = edge_stage(kernels, Draw(4, torch.float32, "cpu"), low, **options)
+    assert_near(got, want, 2e-5 if low is None else 4e-2)
+
+
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+def test_edge_stage_of_fused_kernels(low: torch.dtype | None) -> None:
+    """What runs on CUDA: Triton's kernels, compiled functions for the rest (here traced, then run as they are)."""
+    options = {"block": 3, "tied": False, "gelu": True}
+    want = edge_stage(EagerKernels(), Draw(4, torch.float64, "cpu"), None, **options)
+    got = edge_stage(FusedKernels("eager"), Draw(4, torch.float32, "cpu"), low, **options)
     assert_near(got, want, 2e-5 if low is None else 4e-2)
 
 

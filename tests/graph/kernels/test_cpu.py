@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from threading import Thread
 
 import pytest
 import torch
@@ -115,3 +116,15 @@ def test_a_pass_cut_short_in_inference_mode_leaves_nothing_that_training_trips_o
         kernels.hidden(draw(4, DIM, seed=5), weights, None, keep=False)
     want = EagerKernels().hidden(draw(4, DIM, seed=5), weights, None, keep=False)[1]
     assert torch.equal(kernels.hidden(draw(4, DIM, seed=5), weights, None, keep=False)[1], want)
+
+
+def test_threads_do_not_write_into_each_others_buffers() -> None:
+    kernels, weights = CpuKernels(), weights_in(None)
+    mine = kernels.hidden(draw(4, DIM, seed=5), weights, None, keep=False)[1]
+    want = mine.clone()
+    other = Thread(target=lambda: kernels.hidden(draw(4, DIM, seed=6), weights, None, keep=False))
+    other.start()
+    other.join()
+    assert torch.equal(mine, want)
+    kernels.hidden(draw(4, DIM, seed=6), weights, None, keep=False)
+    assert not torch.equal(mine, want)
