@@ -38,6 +38,7 @@ WARM_UPS = {"cpu": 1, "cuda": 10}
 # Relative differences of losses and gradients from R0: sums in another order, TF32 or bfloat16 operands.
 AGREEMENT = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 4e-2}
 TOO_SMALL = "too small to measure"
+OVER_SMALLEST = "ratio: the smallest batch over this one"
 PARTS = ("time", "memory", "classifier", "growth")
 
 
@@ -222,7 +223,9 @@ def growth_time_rows(sizes: list[Size], options: Options) -> list[Row]:
     for size in sizes:
         value = statistics.median(each[size] for each in rounds)
         ratio = statistics.median(each[sizes[0]] / each[size] for each in rounds)
-        rows.append(Row(options.name("graph step time per ordered edge", size), value * 1e9, "ns", ratio))
+        rows.append(
+            Row(options.name("graph step time per ordered edge", size), value * 1e9, "ns", ratio, note=OVER_SMALLEST)
+        )
     return rows
 
 
@@ -236,7 +239,7 @@ def growth_memory_rows(sizes: list[Size], options: Options) -> list[Row]:
             rows.append(Row(name, None, "bytes", None, note=peak.note or TOO_SMALL))
             continue
         value, first = peak.bytes / size.edges, peaks[0].bytes / sizes[0].edges
-        rows.append(Row(name, value, "bytes", first / value))
+        rows.append(Row(name, value, "bytes", first / value, note=OVER_SMALLEST))
     last = None if peaks[-1].bytes is None else peaks[-1].bytes / 2**30
     note = peaks[-1].note or why_not(sizes[-1], options.device)
     return [*rows, Row(options.name("graph step peak memory", sizes[-1]), last, "GiB", None, note=note)]
@@ -305,10 +308,11 @@ def main(arguments: list[str] | None = None) -> int:
             found = part_rows(part, sizes_of(part, parsed.sizes, parsed.device), options)
             print(*(row.line() for row in found), sep="\n", flush=True)
             rows += found
-    if parsed.json is not None:
-        write_rows(parsed.json, rows)
-    if parsed.results is not None:
-        write_results(parsed.results, rows, parsed.device)
+            # After every part: what was measured outlasts a later failure.
+            if parsed.json is not None:
+                write_rows(parsed.json, rows)
+            if parsed.results is not None:
+                write_results(parsed.results, rows, parsed.device)
     return 0
 
 

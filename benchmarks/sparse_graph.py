@@ -19,7 +19,7 @@ import graph_memory
 import machine
 import torch
 from graph_arms import Arm, Backend, Ours, Problem, Size
-from graph_step import AGREEMENT, check_agreement, run_noted
+from graph_step import AGREEMENT, OVER_SMALLEST, check_agreement, run_noted
 from report import Row, write_results, write_rows
 from torch import Tensor
 
@@ -208,17 +208,19 @@ def growth_rows(specs: list[Spec], repeats: int) -> list[Row]:
         degree, judged = edges[-1] / arm.problem.size.batch, floors[1] / sum(floors)
         note = f"{degree:.0f} edges per sample; classifier: {judged:.0%} of the arithmetic"
         rows.append(Row(spec.name("step time"), whole, "s", None, floor, floor / whole, note))
-        rows.append(Row(spec.name("choice of the edges"), choice, "s", choice / whole))
+        rows.append(Row(spec.name("choice of the edges"), choice, "s", choice / whole, note="ratio: share of the step"))
     for number, spec in enumerate(specs):
         each = [times[number] / edges[number] for times in rounds]
         ratio = statistics.median(times[0] / edges[0] / one for times, one in zip(rounds, each, strict=True))
-        rows.append(Row(spec.name("step time per listed edge"), statistics.median(each) * 1e9, "ns", ratio))
+        rows.append(
+            Row(spec.name("step time per listed edge"), statistics.median(each) * 1e9, "ns", ratio, note=OVER_SMALLEST)
+        )
     arms.clear()
     peaks = [peak_memory(spec) for spec in specs]
     for spec, peak, count in zip(specs, peaks, edges, strict=True):
         name = spec.name("step peak memory per listed edge")
         value, first = scaled(peak.bytes, count), scaled(peaks[0].bytes, edges[0])
-        note = peak.note if peak.bytes is None else f"{peak.bytes / 2**30:.3g} GiB in all"
+        note = peak.note if peak.bytes is None else f"{peak.bytes / 2**30:.3g} GiB in all; {OVER_SMALLEST}"
         rows.append(Row(name, value, "bytes", scaled(first, value), note=note))
     return rows
 
@@ -285,10 +287,11 @@ def main(arguments: list[str] | None = None) -> int:
             found = dense_rows(dense, repeats) if part == "dense" else growth_rows(growing, repeats)
             print(*(row.line() for row in found), sep="\n", flush=True)
             rows += found
-    if options.json is not None:
-        write_rows(options.json, rows)
-    if options.results is not None:
-        write_results(options.results, rows, options.device)
+            # After every part: what was measured outlasts a later failure.
+            if options.json is not None:
+                write_rows(options.json, rows)
+            if options.results is not None:
+                write_results(options.results, rows, options.device)
     return 0
 
 

@@ -101,7 +101,8 @@ def results(graph: GraphNetwork, z: Tensor, labels: Tensor, *, seed: int = 5, **
     graph.zero_grad(set_to_none=True)
     z = z.detach().clone().requires_grad_()
     output = graph(z, labels, **call)
-    table = output.pull_coefficients
+    # Also of a plan that lists some pairs only.
+    table = output.coefficients.table()
     draw = generator(seed)
     mix_nodes, mix_pairs = (
         torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.dtype) for t in (output.node_logits, table)

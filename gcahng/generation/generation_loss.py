@@ -111,11 +111,18 @@ def _check(z: Tensor, synthesis: Synthesis, classifier: ConstantClassifier, clas
     outputs = shape[0]
     if shape[1:] != (z.shape[1],):
         raise InputError(f"`classifier.weight` must have shape (N, D) with D = {z.shape[1]}: got {shape}.")
-    # On another device looking at the labels would wait for it.
-    if class_labels.device.type == "cpu" and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < outputs:
+    _check_values(class_labels, outputs)
+
+
+def _check_values(class_labels: Tensor, outputs: int) -> None:
+    if class_labels.device.type != "cpu":
+        # Looking would wait for the device.
+        return
+    values = class_labels.numpy()
+    if not 0 <= values.min() <= values.max() < outputs:
         raise InputError(
-            f"`class_labels` must lie in 0 ... {outputs - 1}, the classifier's outputs: got {int(class_labels.min())} "
-            f"to {int(class_labels.max())}. Number the training classes from 0."
+            f"`class_labels` must lie in 0 ... {outputs - 1}, the classifier's outputs: got {values.min()} to "
+            f"{values.max()}. Number the training classes from 0."
         )
 
 

@@ -47,7 +47,7 @@ class PairCoefficients:
         return self.read_out.bias.shape[0]
 
     def table(self) -> Tensor:
-        """(B, B, D) in the order of the samples, with gradient; the plan must list every pair."""
+        """(B, B, D) in the order of the samples, with gradient; 0 for pairs that the plan does not list."""
         return dense(self.layout, self.read_out.rows())
 
 
@@ -79,7 +79,7 @@ class ConstantCoefficients:
         return self.bias.shape[0]
 
     def table(self) -> Tensor:
-        """(B, B, D) in the order of the samples; the plan must list every pair."""
+        """(B, B, D) in the order of the samples; 0 for pairs that the plan does not list."""
         return dense(self.layout, torch.sigmoid(self.buffer.to(self.bias.dtype) + self.bias))
 
 
@@ -123,18 +123,26 @@ class UnitCoefficients:
 Coefficients = PairCoefficients | ConstantCoefficients | TableCoefficients | UnitCoefficients
 
 
-def dense(layout: EdgeLayout, buffer: Tensor) -> Tensor:
-    """The rows of a plan that lists every pair as one (B, B, D) tensor in the order of the samples.
+def full_table(coefficients: Coefficients | None) -> Tensor:
+    """(B, B, D) coefficients of all pairs, in the order of the samples.
 
     Raises:
-        InputError: The plan lists some of the pairs.
+        InputError: There are none, or only those of some pairs.
     """
-    plan = layout.plan
-    if not plan.dense or plan.share[1] > 1:
+    if coefficients is None or isinstance(coefficients, UnitCoefficients):
+        raise InputError("The graph has no coefficients: it was called with need_coefficients=False. Leave it out.")
+    plan = coefficients.plan
+    if not isinstance(coefficients, TableCoefficients) and (not plan.dense or plan.share[1] > 1):
         raise InputError(
             "A table of coefficients needs every pair of the batch: got the plan of a sparse graph, or of one process "
-            "among several. Pass `coefficients` on to `gcahng.generation.synthetic_loss` or `generation_loss`."
+            "of several. Pass `coefficients` on to `gcahng.generation.synthetic_loss` or `generation_loss`."
         )
+    return coefficients.table()
+
+
+def dense(layout: EdgeLayout, buffer: Tensor) -> Tensor:
+    """The rows of a plan as one (B, B, D) tensor in the order of the samples; 0 for pairs that it does not list."""
+    plan = layout.plan
     b, blocks = plan.block_size, plan.num_blocks
     rows, columns, values = [], [], []
     for part in layout.parts:

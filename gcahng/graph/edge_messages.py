@@ -1,6 +1,6 @@
 """The edge-to-node sum as one differentiable operation over chunks of pairs.
 
-S_i = sum over j of GELU(Linear(e_ij)) (method, node block). Nothing edge-sized is kept but what fits into `keep_bytes`:
+S_i = sum over j of GELU(Linear(e_ij)), over all j. Nothing edge-sized is kept but what fits into `keep_bytes`:
 the rest is computed again in the backward pass.
 """
 

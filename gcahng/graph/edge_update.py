@@ -1,7 +1,7 @@
-"""One edge block as one differentiable operation over chunks of pairs (method section 4, edge block).
+"""One edge block as one differentiable operation over chunks of pairs.
 
-Kept for the backward pass: the input and output buffers, two numbers per row, and as much of the hidden layer as fits
-into `keep_bytes`; everything else is computed again, chunk by chunk.
+Kept for the backward pass: the input and output buffers, six numbers per row at most, and the hidden layer and the
+finished edges if they fit into `keep_bytes`; everything else is computed again, chunk by chunk.
 
 Shapes: num_positions nodes by block position, D channels, F = 4 D hidden channels, rows of the edge buffer.
 """

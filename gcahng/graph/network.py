@@ -21,7 +21,7 @@ from gcahng.graph.coefficients import (
     ConstantCoefficients,
     PairCoefficients,
     TableCoefficients,
-    UnitCoefficients,
+    full_table,
 )
 from gcahng.graph.dropout import EdgeDropout
 from gcahng.graph.edge_layout import EdgeLayout, edge_layout
@@ -78,9 +78,7 @@ class GraphOutput:
         Raises:
             InputError: There are none, or only those of some pairs.
         """
-        if self.coefficients is None or isinstance(self.coefficients, UnitCoefficients):
-            raise InputError("The graph has no coefficients: it was called with need_coefficients=False. Leave it out.")
-        return self.coefficients.table()
+        return full_table(self.coefficients)
 
 
 @dataclass(frozen=True)

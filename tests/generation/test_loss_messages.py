@@ -109,7 +109,7 @@ def test_a_sparse_graph_has_no_table() -> None:
 
 def test_one_process_among_several_has_no_table() -> None:
     _, output = relate(plan=class_major_plan(P, K, share=(1, 2)))
-    with pytest.raises(InputError, match="of one process among several"):
+    with pytest.raises(InputError, match="of one process of several"):
         _ = output.pull_coefficients
 
 

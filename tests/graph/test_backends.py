@@ -13,7 +13,7 @@ from maths_cases import Size, batch_of, graph_of, plan_of
 from gcahng.errors import InputError
 from gcahng.graph import GraphNetwork, backends
 from gcahng.graph.backends import BACKENDS, FusedKernels, choose_backend, make_kernels
-from gcahng.graph.kernels.compiled import CompiledKernels
+from gcahng.graph.kernels.compiled import CompiledKernels, compiler_problem
 from gcahng.graph.kernels.cpu import CpuKernels
 from gcahng.graph.kernels.triton_kernels import TritonKernels, triton_problem
 from gcahng.training import config_types
@@ -133,6 +133,18 @@ def test_compiling_on_cuda_needs_triton() -> None:
         pytest.skip("this machine has CUDA")
     with pytest.raises(InputError, match="cannot run on cuda: the package triton is missing or finds no usable GPU"):
         choose_backend("compiled", CUDA, 8, 4)
+
+
+def test_compiling_on_cuda_needs_what_starts_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setenv("CC", "a-compiler")
+    assert compiler_problem(CUDA) is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    problem = compiler_problem(CUDA)
+    assert problem is not None
+    assert "needs a C compiler" in problem
 
 
 def test_the_old_name_is_answered_with_the_new_one() -> None:

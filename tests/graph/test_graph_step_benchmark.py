@@ -229,6 +229,10 @@ def test_floor_and_estimate_of_the_reference(benchmark: ModuleType) -> None:
         (["--sizes", "5x2-D16-L1-N4"], "needs K >= 2, 1 <= P <= N, L >= 1, and H that divides D"),
         (["--sizes", "5x2-D16-L0-N7"], "needs K >= 2, 1 <= P <= N, L >= 1, and H that divides D"),
         (["--sizes", "5x2-D16-L1-N7-H0"], "needs K >= 2, 1 <= P <= N, L >= 1, and H that divides D"),
+        (
+            ["--sizes", "5x2-D16-L1-N5"],
+            "--parts classifier needs more training classes than classes in the batch, N > P",
+        ),
         (["--repeats", "0"], "--repeats must be at least 1: got 0"),
         (["--threads", "0"], "--threads must be at least 1: got 0"),
     ],

@@ -17,6 +17,7 @@ SOURCES = (
     *PACKAGES,
     "configs",
     "docs",
+    "benchmarks",
     "tests",
     "tools",
     "setup.py",
@@ -137,8 +138,8 @@ def test_sdist_holds_what_its_tests_need(source: Path, dist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"LICENSE", "README.md", "Makefile", "constraints.txt", "pyproject.toml"}
-    for folder, pattern in (("tests", "*.py"), ("tests", "*.npz"), ("configs", "*.yaml")):
-        wanted |= {p.relative_to(source).as_posix() for p in (source / folder).rglob(pattern)}
+    for folder, pattern in (("tests", "*.py"), ("tests", "*.npz"), ("configs", "*.yaml"), ("benchmarks", "*")):
+        wanted |= {p.relative_to(source).as_posix() for p in (source / folder).rglob(pattern) if p.is_file()}
     assert wanted <= names
     assert not [name for name in names if "__pycache__" in name]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gcahng.graph.kernels.eager import EagerKernels, Function, HiddenWeights, MixGradient, NormWeights
+from gcahng.graph.kernels.triton_kernels import launcher_problem
 
 
 def compiler_problem(device: torch.device) -> str | None:
@@ -23,7 +24,8 @@ def compiler_problem(device: torch.device) -> str | None:
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
-        return None if has_triton() else "the package triton is missing or finds no usable GPU"
+        # On a GPU torch.compile writes Triton kernels, and needs what starting them needs.
+        return launcher_problem() if has_triton() else "the package triton is missing or finds no usable GPU"
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:

@@ -44,10 +44,15 @@ def triton_problem(device: torch.device | str) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         return f"the Triton kernels need compute capability 8.0: the GPU has {capability[0]}.{capability[1]}"
+    return launcher_problem()
+
+
+def launcher_problem() -> str | None:
+    """Why Triton, which must be installed, cannot start kernels, whoever wrote them; None if it can."""
+    import triton
+
     compilers = triton.knobs.build.impl or triton.knobs.build.cc or shutil.which("gcc") or shutil.which("clang")
-    if not compilers:
-        return "triton needs a C compiler, gcc or clang, to start its kernels: none is found"
-    return None
+    return None if compilers else "triton needs a C compiler, gcc or clang, to start its kernels: none is found"
 
 
 class TritonKernels(EagerKernels):
