@@ -37,7 +37,8 @@ class Size:
         return self.num_classes * self.num_samples
 
 
-# Odd and even P, every K and L, one to eight heads, D that is no power of two, padded plans (7, 9, 13 classes).
+# Odd and even P, every K and L, one to eight heads, D that is no power of two. Their plans on the CPU have one class
+# per block and no padding: tests of padding make plans of their own.
 SIZES = (
     Size(2, 2, 4, 1, 1),
     Size(7, 2, 12, 1, 2),

@@ -226,6 +226,7 @@ class _Update(torch.autograd.Function):
             inner, h, mean, rstd = call.kernels.hidden(x, hidden, call.low, keep=keep_inner)
             y = (h @ hidden.weight_out.t()).to(x.dtype)
             del h
+            # Over x: it is this chunk's own, and the backward pass mixes it again.
             y = x.addcmul_(y, rstd).add_(weights.shift)
             done = call.kernels.normalise(y, norm) if moments is not None or values is not None or not keep else y
             raw[part.chunk.rows] = y if keep else done
