@@ -5,7 +5,7 @@ scaler or a wrapper itself. This file holds the backend of one process; distribu
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -42,11 +42,27 @@ class Backend(Protocol):
     def forward(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run a part on its arguments under the run's precision."""
 
+    def run(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`function(part, *args, **kwargs)` as the forward pass of a part, under the run's precision.
+
+        Whatever uses the part's parameters happens inside, and tensors come out, alone or in a dict: then wrappers
+        that watch a forward pass for its parameters (DDP, DeepSpeed) see all of it.
+        """
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` to the parameters."""
 
     def step(self, names: Sequence[str], reach: str) -> None:
         """Move the named parts' parameters that pass `reach` reached, then drop all their gradients."""
+
+    def optimizer_state(self, name: str) -> dict[str, Any]:
+        """The whole state of a part's optimiser, as one process without wrappers has it; all ranks call it."""
+
+    def load_optimizer_state(self, name: str, state: dict[str, Any]) -> None:
+        """Go on from what `optimizer_state` gave, whatever backend and number of ranks gave it."""
+
+    def close(self) -> None:
+        """Training has ended: let go of what would disturb the end of the process."""
 
 
 class PlainBackend:
@@ -95,9 +111,16 @@ class PlainBackend:
         return self.modules[name]
 
     def forward(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return self.run(name, nn.Module.__call__, *args, **kwargs)
+
+    def run(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.precision_of(name):
+            return function(self.modules[name], *args, **kwargs)
+
+    def precision_of(self, name: str) -> torch.autocast:
+        """The context in which a part runs forward."""
         enabled = self.matmul_dtype is not None and name not in FULL_PRECISION
-        with torch.autocast(self.device.type, dtype=self.matmul_dtype, enabled=enabled):
-            return self.modules[name](*args, **kwargs)
+        return torch.autocast(self.device.type, dtype=self.matmul_dtype, enabled=enabled)
 
     def backward(self, loss: Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
@@ -138,6 +161,15 @@ class PlainBackend:
                 del optimizer.found_inf  # type: ignore[attr-defined]
         else:
             optimizer.step()
+
+    def optimizer_state(self, name: str) -> dict[str, Any]:
+        return self.optimizers[name].state_dict()
+
+    def load_optimizer_state(self, name: str, state: dict[str, Any]) -> None:
+        self.optimizers[name].load_state_dict(state)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
     def state_dict(self) -> dict[str, Any]:
         """The scaler's state; optimisers and modules are saved by their own names."""

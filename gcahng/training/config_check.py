@@ -119,6 +119,8 @@ LIMITS: tuple[tuple[str, Limit], ...] = (
     ("train.log_every", _at_least(1)),
     ("train.keep_last", _at_least(1)),
     ("train.max_steps_per_epoch", _at_least(1)),
+    ("distributed.timeout_seconds", _at_least(1)),
+    ("accumulation.micro_batch", _at_least(1)),
     ("eval.every_epochs", _at_least(1)),
     (
         "eval.ks",

@@ -273,6 +273,29 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """Several processes (ranks), started by `accelerate launch` or `torchrun`."""
+
+    timeout_seconds: int = 120
+    """How long ranks wait for each other before the run ends with an error."""
+    batch_norm: Literal["global", "local"] = "global"
+    """Batch statistics of the metric model's BatchNorms in training: of all ranks' images, or of each rank's own."""
+    shard_classes: bool = False
+    """Spread the rows of proxies and classifiers over the ranks instead of keeping all on each: for classes by the
+    million. Same numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccumulationConfig:
+    """Batches larger than memory: embed in small batches, relate all embeddings at once, embed again for gradients."""
+
+    micro_batch: int | None = None
+    """Images that a rank sends through the backbone at once; null: its whole part of the batch, once."""
+    microbatch_statistics: bool = False
+    """Let BatchNorms of the backbone take their statistics from each small batch: other numbers than without."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Retrieval on unseen classes."""
 
@@ -314,5 +337,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    accumulation: AccumulationConfig = field(default_factory=AccumulationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig

@@ -66,8 +66,8 @@ class FiniteChecks(Protocol):
     def begin(self, step: int) -> None:
         """A step begins."""
 
-    def embeddings(self, z: Tensor, images: Tensor) -> None:
-        """Its embeddings, (B, D), and what they were made of, (B, ...)."""
+    def embeddings(self, z: Tensor, whole: Tensor) -> None:
+        """Its embeddings, (B, D), and which images they were made of are finite: (B,), not 0 where they are."""
 
     def loss(self, loss: Tensor, reach: str) -> None:
         """The loss of one pass, before its backward pass."""
@@ -96,10 +96,10 @@ class ImmediateChecks:
     def begin(self, step: int) -> None:
         self._step = step
 
-    def embeddings(self, z: Tensor, images: Tensor) -> None:
+    def embeddings(self, z: Tensor, whole: Tensor) -> None:
         finite = torch.isfinite(z.detach()).all(1)
         if not bool(finite.all()):
-            raise _bad_embeddings(self._step, finite.tolist(), _whole_images(images, z).tolist())
+            raise _bad_embeddings(self._step, finite.tolist(), whole.tolist())
 
     def loss(self, loss: Tensor, reach: str) -> None:
         if not bool(torch.isfinite(loss)):
@@ -193,8 +193,8 @@ class DeferredChecks:
             self._raise_if_bad(self._arrivals.popleft())
         self._findings = _Findings(step)
 
-    def embeddings(self, z: Tensor, images: Tensor) -> None:
-        self._findings.rows = torch.stack([finite_rows(z), _whole_images(images, z)])
+    def embeddings(self, z: Tensor, whole: Tensor) -> None:
+        self._findings.rows = torch.stack([finite_rows(z), whole.bool()])
         self._require(self._findings.rows[0].all())
 
     def loss(self, loss: Tensor, reach: str) -> None:
@@ -262,11 +262,6 @@ def finite_rows(x: Tensor) -> Tensor:
     # The maximum of absolute values is NaN or infinite if one of them is.
     norms = torch.linalg.vector_norm(x.detach()[:, None], math.inf, dim=tuple(range(1, x.dim() + 1)))
     return torch.isfinite(norms)
-
-
-def _whole_images(images: Tensor, z: Tensor) -> Tensor:
-    """(B,) which images are finite; all, where they are not one to an embedding."""
-    return finite_rows(images) if images.shape[0] == z.shape[0] else torch.ones_like(z[:, 0], dtype=torch.bool)
 
 
 def host_numbers(values: Tensor) -> list[float]:

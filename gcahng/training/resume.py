@@ -26,6 +26,7 @@ FREE = frozenset(
         "data.dir",
         "data.num_workers",
         "data.remote",
+        "distributed.timeout_seconds",
         "train.device",
         "train.epochs",
         "train.keep_last",

@@ -9,32 +9,38 @@
 Each graph parameter that a pass does not reach stays as it is in that pass (`PassGate`). Without a graph or without
 generation the phases shrink to what is left; a metric-loss baseline is phase 1 with J_m alone.
 
-Letters: B = P * K samples group-major, P classes, K samples per class, D channels.
+With several ranks each embeds its own images and everything behind runs on the gathered global batch: block pairs are
+shared out, the rest is computed by every rank alike (the gradient rule: `gcahng.distributed`). One rank runs the same.
+
+Letters: B = P * K samples of the global batch group-major, P classes, K samples per class, D channels, W ranks with
+P_r classes each.
 """
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gcahng.distributed import ONE, Ranks
+from gcahng.distributed.batch_exchange import BatchExchange
 from gcahng.errors import InputError
 from gcahng.generation import ConstantClassifier, LossFactors, Synthesis, generation_loss, synthetic_loss
 from gcahng.generation.interpolation import SMALLEST_MEAN_LOSS, Interpolation
-from gcahng.graph import Coefficients, GraphOutput, PairPlan, UnitCoefficients, identity
+from gcahng.graph import Coefficients, GraphNetwork, PairPlan, UnitCoefficients
 from gcahng.graph.edge_layout import edge_layout
 from gcahng.graph.neighbours import neighbour_plan
-from gcahng.graph.network import Reducer
 from gcahng.graph.pairs import class_major_plan
 from gcahng.layout import BatchLayout
 from gcahng.random import mixing_weights, stream_key
 from gcahng.training.averages import EpochAverages
 from gcahng.training.backend import Backend
+from gcahng.training.finite_checks import finite_rows
 
 METRIC, CLASSIFIER, GENERATION = "metric", "classifier", "generation"
 
@@ -73,16 +79,33 @@ class StepSettings:
 class TrainingStep:
     """Runs iterations on a backend; holds no state of its own."""
 
-    def __init__(self, backend: Backend, settings: StepSettings, *, reduce: Reducer = identity) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        settings: StepSettings,
+        *,
+        ranks: Ranks = ONE,
+        class_counts: Sequence[int] | None = None,
+    ) -> None:
         """
         Args:
             backend: Holds "metric_model" and "metric_loss", and "graph" and "classifier" where they take part.
             settings: Constants.
-            reduce: Differentiable sum of partial sums over processes.
+            ranks: All processes of the run.
+            class_counts: (W,) classes of a batch that each rank holds (`gcahng.data.ranks.rank_sizes`); one rank alone
+                takes any.
+        Raises:
+            InputError: Several ranks without one number of classes each.
         """
+        if ranks.size > 1 and (class_counts is None or len(class_counts) != ranks.size):
+            raise InputError(
+                f"`class_counts` must say how many classes of a batch each of the {ranks.size} ranks holds: got "
+                f"{class_counts}. Pass the loader's `rank_sizes`."
+            )
         self.backend = backend
         self.settings = settings
-        self.reduce = reduce
+        self.ranks = ranks
+        self.class_counts = tuple(class_counts or ())
         self.has_graph = backend.has("graph")
         self.graph_generates = self.has_graph and settings.generate and settings.channel_coefficients
 
@@ -98,28 +121,31 @@ class TrainingStep:
         """Run one iteration.
 
         Args:
-            images: (B, 3, height, width), or whatever the metric model takes.
-            labels: (B,) int64 training labels, group-major. They are looked at on the CPU: best left there, for
+            images: (K * P_r, 3, height, width), or whatever the metric model takes: this rank's part of the batch.
+            labels: (K * P_r,) int64 training labels, group-major. They are looked at on the CPU: best left there, for
                 reading them back from another device waits for it.
             averages: Epoch means; this step's losses are added.
             step: Global step, a coordinate of every random draw.
             mixing: (K, K-1) mixing weights for "metric" and "generation", in place of drawn ones.
         Returns:
-            Detached losses and weights by name.
+            Detached losses and weights by name: all of the global batch, the same on every rank.
         Raises:
-            InputError: The labels are not group-major.
+            InputError: The labels are not group-major, or a rank's part of the batch is not as planned.
             NotFinite: An embedding, a loss or a gradient is not finite, here or, where the backend's checks are
                 deferred, in an earlier step; no parameter has moved in that phase or since.
         """
         checks = self.backend.checks
         checks.begin(step)
-        require_group_major(labels, self.settings.num_samples)
-        labels = labels.to(images.device, non_blocking=True)
+        exchange = BatchExchange(self.ranks, labels, images.shape, self.class_counts, self.settings.num_samples, step)
         rule = Interpolation(self.settings.alpha, averages.metric_loss, self.settings.normalised_distance)
 
         # Phase 1
-        z = self.backend.forward("metric_model", images).to(_loss_dtype(images))
-        checks.embeddings(z, images)
+        own = self.backend.forward("metric_model", images).to(_loss_dtype(images))
+        labels = exchange.labels()
+        require_group_major(labels, self.settings.num_samples)
+        labels = labels.to(images.device, non_blocking=True)
+        z = self.ranks.gather(own, self.class_counts)
+        checks.embeddings(z, self.ranks.gather(_whole_rows(images, own), self.class_counts))
         plan = self._plan(z)
         report = self._metric_pass(z, labels, plan, rule, averages, step, mixing)
         z = z.detach()
@@ -144,17 +170,23 @@ class TrainingStep:
     ) -> dict[str, Tensor]:
         metric_loss = self._metric_loss(z, labels)
         report = {"metric_loss": metric_loss}
-        total = metric_loss
-        coefficients: Coefficients = _unit_coefficients(plan)
+        synthesis = self._synthesis(z, rule, step, METRIC, mixing) if self.settings.generate else None
         if self.has_graph:
-            graph = self._graph(z, labels, plan, step, METRIC, gradient=False)
-            report["node_loss"] = F.cross_entropy(graph.node_logits, labels)
+            report |= self.backend.run(
+                "graph",
+                _node_and_synthetic,
+                z,
+                labels,
+                synthesis,
+                self.graph_generates,
+                self._graph_call(plan, step, METRIC),
+            )
+        if synthesis is not None and not self.graph_generates:
+            report["synthetic_loss"] = synthetic_loss(z, _unit_coefficients(plan), synthesis, reduce=self.ranks.sum)
+        total = metric_loss
+        if "node_loss" in report:
             total = total + report["node_loss"]
-            if self.graph_generates:
-                coefficients = cast(Coefficients, graph.coefficients)
-        if self.settings.generate:
-            synthesis = self._synthesis(z, rule, step, METRIC, mixing)
-            report["synthetic_loss"] = synthetic_loss(z, coefficients, synthesis, reduce=self.reduce)
+        if synthesis is not None:
             trust = 1 - math.exp(-self.settings.beta / max(averages.generation_loss, SMALLEST_MEAN_LOSS))
             total = total + trust * report["synthetic_loss"]
             report |= {
@@ -180,40 +212,33 @@ class TrainingStep:
         step: int,
         mixing: Mapping[str, Tensor] | None,
     ) -> dict[str, Tensor]:
-        # Without coefficients to learn the loss is still measured: its epoch mean weighs J_syn.
-        coefficients: Coefficients = _unit_coefficients(plan)
-        if self.graph_generates:
-            graph = self._graph(z, labels, plan, step, GENERATION, gradient=True)
-            coefficients = cast(Coefficients, graph.coefficients)
-        found = generation_loss(
-            z,
-            coefficients,
+        judge = _Judge(
             self._synthesis(z, rule, step, GENERATION, mixing),
             self._constant_classifier(),
             labels[: labels.numel() // self.settings.num_samples],
             LossFactors(
                 self.settings.classification_weight, self.settings.similarity_weight, self.settings.diversity_weight
             ),
-            reduce=self.reduce,
+            self.ranks.sum,
         )
         if self.graph_generates:
-            self._move(found.total, ("graph",), GENERATION)
-        report = {
-            "classification_loss": found.classification,
-            "similarity_loss": found.similarity,
-            "generation_loss": found.total.detach(),
-        }
-        return report if found.diversity is None else report | {"diversity_loss": found.diversity}
+            found = self.backend.run("graph", _generation, z, labels, judge, self._graph_call(plan, step, GENERATION))
+            self._move(found["generation_loss"], ("graph",), GENERATION)
+        else:
+            # Without coefficients to learn the loss is still measured: its epoch mean weighs J_syn.
+            found = judge(z, _unit_coefficients(plan))
+        return {name: value.detach() for name, value in found.items()}
 
     def _plan(self, z: Tensor) -> PairPlan:
         """The edges of this step: both passes take the same, even though the graph network moves between them."""
         num_samples, neighbours = self.settings.num_samples, self.settings.neighbours
         num_classes = z.shape[0] // num_samples
         if neighbours is None or neighbours >= num_classes - 1:
-            return class_major_plan(num_classes, num_samples, z.device)
+            return class_major_plan(num_classes, num_samples, z.device, self.ranks.share)
         # The shape of a sparse graph depends on z, which the host waits for: then it can as well know that z is good.
         self.backend.checks.settle()
-        return neighbour_plan(z.detach(), num_samples, neighbours, low=self.backend.matmul_dtype)
+        low = self.backend.matmul_dtype
+        return neighbour_plan(z.detach(), num_samples, neighbours, low=low, share=self.ranks.share)
 
     def _metric_loss(self, z: Tensor, labels: Tensor) -> Tensor:
         known: dict[str, BatchLayout] = {}
@@ -226,21 +251,14 @@ class TrainingStep:
             known["layout"] = BatchLayout(num_classes, num_samples, order, labels[:num_classes])
         return cast(Tensor, self.backend.forward("metric_loss", z, labels, **known))
 
-    def _graph(
-        self, z: Tensor, labels: Tensor, plan: PairPlan, step: int, phase: str, *, gradient: bool
-    ) -> GraphOutput:
-        output = self.backend.forward(
-            "graph",
-            z,
-            labels,
-            dropout_key=stream_key(self.settings.seed, "edge_dropout", step, phase),
-            plan=plan,
-            need_coefficients=self.graph_generates,
-            coefficient_gradient=gradient,
-            reduce=self.reduce,
-            check_values=self.backend.checks.gate is None,
-        )
-        return cast(GraphOutput, output)
+    def _graph_call(self, plan: PairPlan, step: int, phase: str) -> dict[str, Any]:
+        """Arguments of the graph network in one pass."""
+        return {
+            "dropout_key": stream_key(self.settings.seed, "edge_dropout", step, phase),
+            "plan": plan,
+            "reduce": self.ranks.sum,
+            "check_values": self.backend.checks.gate is None,
+        }
 
     def _synthesis(
         self,
@@ -275,6 +293,55 @@ class TrainingStep:
         self.backend.step(names, reach)
 
 
+def _node_and_synthetic(
+    graph: GraphNetwork,
+    z: Tensor,
+    labels: Tensor,
+    synthesis: Synthesis | None,
+    generates: bool,
+    call: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """The graph's part of the metric pass: J_nce, and J_syn if its coefficients make the negatives."""
+    output = graph(z, labels, need_coefficients=generates, coefficient_gradient=False, **call)
+    with torch.autocast(z.device.type, enabled=False):
+        losses = {"node_loss": F.cross_entropy(output.node_logits, labels)}
+        if generates:
+            assert synthesis is not None
+            losses["synthetic_loss"] = synthetic_loss(z, output.coefficients, synthesis, reduce=call["reduce"])
+    return losses
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """J_gen of coefficients; see `generation_loss`."""
+
+    synthesis: Synthesis
+    classifier: ConstantClassifier
+    class_labels: Tensor
+    factors: LossFactors
+    reduce: Callable[[Tensor], Tensor]
+
+    def __call__(self, z: Tensor, coefficients: Coefficients) -> dict[str, Tensor]:
+        found = generation_loss(
+            z, coefficients, self.synthesis, self.classifier, self.class_labels, self.factors, reduce=self.reduce
+        )
+        losses = {
+            "classification_loss": found.classification,
+            "similarity_loss": found.similarity,
+            "generation_loss": found.total,
+        }
+        return losses if found.diversity is None else losses | {"diversity_loss": found.diversity}
+
+
+def _generation(
+    graph: GraphNetwork, z: Tensor, labels: Tensor, judge: _Judge, call: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The graph's part of the generation pass: J_gen and its parts."""
+    output = graph(z, labels, need_coefficients=True, coefficient_gradient=True, **call)
+    with torch.autocast(z.device.type, enabled=False):
+        return judge(z, output.coefficients)
+
+
 def require_group_major(labels: Tensor, num_samples: int) -> None:
     """Raise InputError unless `labels`, (B,), are `num_samples` groups of the same distinct classes in one order.
 
@@ -288,6 +355,11 @@ def require_group_major(labels: Tensor, num_samples: int) -> None:
             f"same order, got {values[:12].tolist()}... Reorder the batch with "
             "`gcahng.layout.group_major(labels).order`."
         )
+
+
+def _whole_rows(images: Tensor, z: Tensor) -> Tensor:
+    """(rows,) float32: 1 where an image is finite; all, where images are not one to an embedding."""
+    return finite_rows(images).float() if images.shape[0] == z.shape[0] else torch.ones_like(z[:, 0]).float()
 
 
 def _loss_dtype(images: Tensor) -> torch.dtype:

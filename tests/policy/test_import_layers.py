@@ -51,7 +51,8 @@ PARTS = {
     "gcahng.metrics": Part(own=("gcahng.errors", "gcahng.layout"), others=TORCH),
     "gcahng.models": Part(own=MATHS),
     "gcahng.data": Part(own=MATHS),
-    "gcahng.training": Part(own=(*MATHS, "gcahng.models", "gcahng.data")),
+    "gcahng.distributed": Part(own=(*MATHS, "gcahng.data.ranks")),
+    "gcahng.training": Part(own=(*MATHS, "gcahng.models", "gcahng.data", "gcahng.distributed")),
     "launch": Part(own=("gcahng",)),
     "shards": Part(own=("gcahng",)),
 }

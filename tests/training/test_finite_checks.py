@@ -339,7 +339,7 @@ def test_inputs_that_are_not_one_to_an_embedding_name_the_embeddings() -> None:
         checks.begin(5)
 
         def one_step(checks: FiniteChecks = checks) -> None:
-            checks.embeddings(z, torch.zeros(8, 3))
+            checks.embeddings(z, torch.ones(8))
             checks.end()
             checks.finish()
 
@@ -351,7 +351,7 @@ def test_inputs_that_are_not_one_to_an_embedding_name_the_embeddings() -> None:
 def test_large_finite_numbers_are_no_faults() -> None:
     checks = DeferredChecks("cpu")
     checks.begin(0)
-    checks.embeddings(torch.full((2, 2), 1e300, dtype=torch.float64), torch.zeros(2, 3))
+    checks.embeddings(torch.full((2, 2), 1e300, dtype=torch.float64), torch.ones(2))
     checks.loss(torch.tensor(1e300, dtype=torch.float64), "metric")
     checks.gradients({"graph": [torch.full((2,), 3e38)], "none": []}, "metric")
     checks.end()
