@@ -83,12 +83,11 @@ class BatchExchange:
         )
         if good:
             return
-        lines = [
-            f"\n  rank {rank}: step {step}, images {_shape(rows, dimensions, sizes)}, {labels} labels, planned {planned}"
-            for rank, ((step, rows, labels, dimensions, *sizes), planned) in enumerate(
-                zip(headers, wanted, strict=True)
-            )
-        ]
+        lines = []
+        for rank, (header, rows) in enumerate(zip(headers, wanted, strict=True)):
+            step, images, labels, dimensions, *sizes = header
+            shape = _shape(images, dimensions, sizes)
+            lines.append(f"\n  rank {rank}: step {step}, images {shape}, {labels} labels, planned {rows}")
         raise InputError(
             "The ranks' batches are not as planned: expected of every rank the same step, as many images and labels as "
             f"planned, and images of one size, got{''.join(lines)}\nGive every rank its part of the same batch plan "

@@ -18,7 +18,7 @@ P_r classes each.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,9 +30,9 @@ from torch.nn import functional as F
 from gcahng.distributed import ONE, Ranks
 from gcahng.distributed.batch_exchange import BatchExchange
 from gcahng.errors import InputError
-from gcahng.generation import ConstantClassifier, LossFactors, Synthesis, generation_loss, synthetic_loss
+from gcahng.generation import ConstantClassifier, LossFactors, Synthesis, synthetic_loss
 from gcahng.generation.interpolation import SMALLEST_MEAN_LOSS, Interpolation
-from gcahng.graph import Coefficients, GraphNetwork, PairPlan, UnitCoefficients
+from gcahng.graph import PairPlan, UnitCoefficients
 from gcahng.graph.edge_layout import edge_layout
 from gcahng.graph.neighbours import neighbour_plan
 from gcahng.graph.pairs import class_major_plan
@@ -41,6 +41,7 @@ from gcahng.random import mixing_weights, stream_key
 from gcahng.training.averages import EpochAverages
 from gcahng.training.backend import Backend
 from gcahng.training.finite_checks import finite_rows
+from gcahng.training.graph_passes import Judge, generation, node_and_synthetic
 
 METRIC, CLASSIFIER, GENERATION = "metric", "classifier", "generation"
 
@@ -174,7 +175,7 @@ class TrainingStep:
         if self.has_graph:
             report |= self.backend.run(
                 "graph",
-                _node_and_synthetic,
+                node_and_synthetic,
                 z,
                 labels,
                 synthesis,
@@ -212,7 +213,7 @@ class TrainingStep:
         step: int,
         mixing: Mapping[str, Tensor] | None,
     ) -> dict[str, Tensor]:
-        judge = _Judge(
+        judge = Judge(
             self._synthesis(z, rule, step, GENERATION, mixing),
             self._constant_classifier(),
             labels[: labels.numel() // self.settings.num_samples],
@@ -222,7 +223,7 @@ class TrainingStep:
             self.ranks.sum,
         )
         if self.graph_generates:
-            found = self.backend.run("graph", _generation, z, labels, judge, self._graph_call(plan, step, GENERATION))
+            found = self.backend.run("graph", generation, z, labels, judge, self._graph_call(plan, step, GENERATION))
             self._move(found["generation_loss"], ("graph",), GENERATION)
         else:
             # Without coefficients to learn the loss is still measured: its epoch mean weighs J_syn.
@@ -291,55 +292,6 @@ class TrainingStep:
         self.backend.checks.loss(loss, reach)
         self.backend.backward(loss)
         self.backend.step(names, reach)
-
-
-def _node_and_synthetic(
-    graph: GraphNetwork,
-    z: Tensor,
-    labels: Tensor,
-    synthesis: Synthesis | None,
-    generates: bool,
-    call: Mapping[str, Any],
-) -> dict[str, Tensor]:
-    """The graph's part of the metric pass: J_nce, and J_syn if its coefficients make the negatives."""
-    output = graph(z, labels, need_coefficients=generates, coefficient_gradient=False, **call)
-    with torch.autocast(z.device.type, enabled=False):
-        losses = {"node_loss": F.cross_entropy(output.node_logits, labels)}
-        if generates:
-            assert synthesis is not None
-            losses["synthetic_loss"] = synthetic_loss(z, output.coefficients, synthesis, reduce=call["reduce"])
-    return losses
-
-
-@dataclass(frozen=True)
-class _Judge:
-    """J_gen of coefficients; see `generation_loss`."""
-
-    synthesis: Synthesis
-    classifier: ConstantClassifier
-    class_labels: Tensor
-    factors: LossFactors
-    reduce: Callable[[Tensor], Tensor]
-
-    def __call__(self, z: Tensor, coefficients: Coefficients) -> dict[str, Tensor]:
-        found = generation_loss(
-            z, coefficients, self.synthesis, self.classifier, self.class_labels, self.factors, reduce=self.reduce
-        )
-        losses = {
-            "classification_loss": found.classification,
-            "similarity_loss": found.similarity,
-            "generation_loss": found.total,
-        }
-        return losses if found.diversity is None else losses | {"diversity_loss": found.diversity}
-
-
-def _generation(
-    graph: GraphNetwork, z: Tensor, labels: Tensor, judge: _Judge, call: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """The graph's part of the generation pass: J_gen and its parts."""
-    output = graph(z, labels, need_coefficients=True, coefficient_gradient=True, **call)
-    with torch.autocast(z.device.type, enabled=False):
-        return judge(z, output.coefficients)
 
 
 def require_group_major(labels: Tensor, num_samples: int) -> None:

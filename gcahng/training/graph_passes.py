@@ -1,0 +1,66 @@
+"""What the step does with the graph network in each of its two passes: from a batch to losses.
+
+Each is one function of the network, tensors in and losses out, so that a wrapper sees a whole forward pass.
+
+Shapes: B = P * K samples of the global batch group-major, D channels.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gcahng.generation import ConstantClassifier, LossFactors, Synthesis, generation_loss, synthetic_loss
+from gcahng.graph import Coefficients, GraphNetwork
+
+
+def node_and_synthetic(
+    graph: GraphNetwork,
+    z: Tensor,
+    labels: Tensor,
+    synthesis: Synthesis | None,
+    generates: bool,
+    call: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """The graph's part of the metric pass: J_nce, and J_syn if its coefficients make the negatives."""
+    output = graph(z, labels, need_coefficients=generates, coefficient_gradient=False, **call)
+    with torch.autocast(z.device.type, enabled=False):
+        losses = {"node_loss": F.cross_entropy(output.node_logits, labels)}
+        if generates:
+            assert synthesis is not None
+            losses["synthetic_loss"] = synthetic_loss(z, output.coefficients, synthesis, reduce=call["reduce"])
+    return losses
+
+
+@dataclass(frozen=True)
+class Judge:
+    """J_gen of coefficients; see `generation_loss`."""
+
+    synthesis: Synthesis
+    classifier: ConstantClassifier
+    class_labels: Tensor
+    factors: LossFactors
+    reduce: Callable[[Tensor], Tensor]
+
+    def __call__(self, z: Tensor, coefficients: Coefficients) -> dict[str, Tensor]:
+        found = generation_loss(
+            z, coefficients, self.synthesis, self.classifier, self.class_labels, self.factors, reduce=self.reduce
+        )
+        losses = {
+            "classification_loss": found.classification,
+            "similarity_loss": found.similarity,
+            "generation_loss": found.total,
+        }
+        return losses if found.diversity is None else losses | {"diversity_loss": found.diversity}
+
+
+def generation(
+    graph: GraphNetwork, z: Tensor, labels: Tensor, judge: Judge, call: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The graph's part of the generation pass: J_gen and its parts."""
+    output = graph(z, labels, need_coefficients=True, coefficient_gradient=True, **call)
+    with torch.autocast(z.device.type, enabled=False):
+        return judge(z, output.coefficients)
