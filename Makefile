@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lint scatter
+.PHONY: demo test test-full test-slurm lint scatter
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -23,6 +23,14 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test scatter lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
+
+# Hours: every combination of the switches on 2, 3 and 4 ranks. In slices: PYTEST_ARGS="-k 'ranks2 and slice00'".
+test-full: $(VENV)/.installed-test scatter
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) -m full $(PYTEST_ARGS)
+
+# Needs root and Debian's slurmctld slurmd slurm-client munge: starts a SLURM of two nodes on this machine.
+test-slurm: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slurm -v tests/slurm
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

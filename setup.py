@@ -8,6 +8,8 @@ README = Path(__file__).parent / "README.md"
 GLYPHS = ["matplotlib>=3.8", "fonttools>=4.40"]
 PICTURES = ["matplotlib>=3.8"]
 CARS = ["scipy>=1.11"]
+# The first that lets several engines share one loss.
+DEEPSPEED = ["deepspeed>=0.18.3"]
 
 setup(
     name="gcahng",
@@ -42,6 +44,8 @@ setup(
         "glyphs": GLYPHS,
         # Read cars_annos.mat of Cars-196.
         "cars": CARS,
+        # Optimiser state (stage 1) and gradients (stage 2) spread over processes by ZeRO; DDP does without.
+        "deepspeed": DEEPSPEED,
         # Neighbour pictures.
         "pictures": PICTURES,
         # The plain edge-list graph on its usual kernels; compiles against the installed torch, so
@@ -50,6 +54,7 @@ setup(
         # `make test`.
         "test": [
             *CARS,
+            *DEEPSPEED,
             "pytest>=8.0",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",

@@ -24,8 +24,10 @@ import torch
 from report import Row, write_results, write_rows
 from torch import nn
 
+from gcahng.distributed import ONE
 from gcahng.training.averages import EpochAverages
 from gcahng.training.config import config_from_mapping
+from gcahng.training.launched import Launched
 from gcahng.training.parts import build_modules, build_parts, build_step
 
 DIM, TRAINING_CLASSES = 512, 100
@@ -87,7 +89,7 @@ class Options:
         device = torch.device(self.device)
         modules: dict[str, nn.Module] = build_modules(config, TRAINING_CLASSES)
         modules["metric_model"].to(memory_format=torch.channels_last)
-        step, _ = build_step(config, build_parts(config, modules, device), device)
+        step, _ = build_step(config, build_parts(config, modules, device), Launched(ONE, device, "plain"))
         averages = EpochAverages()
         # What a run in its middle has: neither interpolation nor the trust in it is switched off.
         averages.metric_loss, averages.generation_loss = 3.0, 10.0

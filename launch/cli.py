@@ -1,27 +1,72 @@
-"""What every command line does alike: logging, and clear errors without a traceback."""
+"""What every command line does alike: logging, clear errors without a traceback, and the end of several ranks."""
 
 import logging
+import os
 import sys
+import time
+import traceback
+import warnings
 from collections.abc import Callable
 
+from gcahng.distributed import failures
 from gcahng.errors import InputError, TrainingError
 
 INPUT_FAULT = 2
 """Exit status for input that can be repaired."""
 
+# A rank that fails before the ranks have met lets rank 0 speak first: the launcher then ends the others.
+_RANK_0_FIRST_S = 20.0
+
 
 def run(main: Callable[[], int]) -> None:
-    """Run `main` and exit with its status: 2 for input that can be repaired, 1 for a run that diverged."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    """Run `main` and exit with its status: 2 for input that can be repaired, 1 for a run that diverged.
+
+    Several ranks speak with one voice: rank 0 logs and prints, the others only what concerns them alone
+    (`gcahng.distributed.failures`); where one fails, all end.
+    """
+    rank = _launched_rank()
+    _set_up_logging(rank)
     try:
         status = main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = INPUT_FAULT
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
+    except (InputError, TrainingError) as error:
+        status = _end(error, f"error: {error}", INPUT_FAULT if isinstance(error, InputError) else 1, rank)
+    except KeyboardInterrupt as error:
+        status = _end(error, "interrupted", 130, rank)
+    except Exception as error:
+        if not failures.connected():
+            raise
+        status = _end(error, "".join(traceback.format_exception(error)).rstrip(), 1, rank)
     sys.exit(status)
+
+
+def _launched_rank() -> int:
+    """The rank that the launcher gave this process; 0 where there is one process."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    number = os.environ.get("RANK", "0")
+    return int(number) if several and number.isdigit() else 0
+
+
+def _set_up_logging(rank: int) -> None:
+    sender = f"rank {rank}: " if rank else ""
+    logging.basicConfig(level=logging.INFO, format=f"{sender}%(levelname)s: %(message)s", stream=sys.stderr)
+    if rank:
+        logging.getLogger().setLevel(logging.ERROR)
+        logging.getLogger(failures.EACH_RANK).setLevel(logging.WARNING)
+        warnings.simplefilter("ignore")
+
+
+def _end(error: BaseException, text: str, status: int, rank: int) -> int:
+    """Say why the run ends; returns the exit status of a process that is alone, and ends one that is not."""
+    if not failures.connected():
+        if rank:
+            time.sleep(_RANK_0_FIRST_S)
+            text = f"rank {rank}: {text}"
+        print(text, file=sys.stderr)
+        return status
+    end = failures.ending(error, text, status)
+    if end.text is not None:
+        print(end.text, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: what would be tidied up at an ordinary exit (groups, engines, loaders) waits for ranks that are gone.
+    os._exit(end.status)

@@ -33,6 +33,7 @@ HOST_CODE = {
     ("gcahng.random", "mixing_weights"),  # drawn on the CPU
     ("gcahng.generation.synthesis", "_holds_whole_classes"),  # looks at plans on the CPU alone
     ("gcahng.generation.generation_loss", "_check_values"),  # looks at labels on the CPU alone
+    ("gcahng.distributed.class_shards", "_check_values"),  # the same
 }
 
 

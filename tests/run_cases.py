@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from gcahng.data.conversion.convert import convert
 from gcahng.data.sources.folder import Folder
+from gcahng.distributed import ONE
 from gcahng.training.config import Config, config_from_mapping
+from gcahng.training.launched import Launched
 from gcahng.training.trainer import Trainer
 
 NUM_CLASSES = 16
@@ -24,6 +26,7 @@ SIDE = 20
 STEPS_PER_EPOCH = 5
 # What a second run of the same settings may show otherwise.
 CLOCK_KEYS = ("step_seconds", "data_seconds")
+ALONE = Launched(ONE, torch.device("cpu"), "plain")
 
 
 def draw_patterns(folder: Path, num_classes: int = NUM_CLASSES, images: int | list[int] = IMAGES_PER_CLASS) -> Path:

@@ -1,7 +1,8 @@
 """What every rank must know of a step's batch before tensors are exchanged: its labels, and that it is as planned.
 
-A gather of parts that are not of the agreed sizes aborts a process without a word, or hangs. So each step begins with
-one small message between the ranks' CPUs, which travels while the device computes embeddings.
+A gather of parts that are not of the agreed sizes aborts a process without a word, or hangs; so does a BatchNorm over
+all ranks while one of them fails at an image of another size. So each step begins with one small message between the
+ranks' CPUs, before anything else that could fail on one rank alone.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ DIMENSIONS = 4
 
 
 class BatchExchange:
-    """One step's message; made at the start of the step, asked for before the gather."""
+    """One step's message; made at the start of the step."""
 
     def __init__(
         self,
@@ -30,7 +31,7 @@ class BatchExchange:
         num_samples: int,
         step: int,
     ) -> None:
-        """Send this rank's part; returns at once.
+        """Tell all ranks of this rank's part, and look at theirs; all ranks come here together.
 
         Args:
             ranks: All ranks.
@@ -39,12 +40,13 @@ class BatchExchange:
             class_counts: (W,) classes of each rank, as planned.
             num_samples: K.
             step: Global step; all ranks must be at the same one.
+        Raises:
+            InputError: A rank's part is not what the plan says; the same error on every rank, with all shapes.
         """
         self.ranks = ranks
         self.class_counts = tuple(class_counts)
         self.num_samples = num_samples
         self.own = labels
-        self._work: dist.Work | None = None
         if ranks.size == 1:
             return
         flat = labels.detach().reshape(-1).cpu()
@@ -55,18 +57,13 @@ class BatchExchange:
         kept = min(flat.numel(), message.numel() - HEADER)
         message[HEADER : HEADER + kept] = flat[:kept]
         self._messages = message.new_empty(ranks.size, message.numel())
-        self._work = dist.all_gather(list(self._messages.unbind()), message, group=ranks.host_group, async_op=True)
+        dist.all_gather_into_tensor(self._messages.view(-1), message, group=ranks.host_group)
+        self._check()
 
     def labels(self) -> Tensor:
-        """(K * P,) int64 labels of the global batch, group-major, on the CPU; the given ones on one rank.
-
-        Raises:
-            InputError: A rank's part is not what the plan says; the same error on every rank, with all shapes.
-        """
-        if self._work is None:
+        """(K * P,) int64 labels of the global batch, group-major, on the CPU; the given ones on one rank."""
+        if self.ranks.size == 1:
             return self.own
-        self._work.wait()
-        self._check()
         parts = [
             message[HEADER : HEADER + self.num_samples * count].view(self.num_samples, count)
             for message, count in zip(self._messages, self.class_counts, strict=True)

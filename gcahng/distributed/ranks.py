@@ -106,23 +106,23 @@ class _Gather(torch.autograd.Function):
     ) -> Tensor:
         ctx.class_counts, ctx.rank, ctx.group = class_counts, rank, group
         most, own = max(class_counts), class_counts[rank]
-        rows = local.reshape(-1, own, *local.shape[1:])
+        rows = local.reshape(local.shape[0] // own, own, *local.shape[1:])
         padded = rows.new_zeros(rows.shape[0], most, *local.shape[1:])
         padded[:, :own] = rows
         found = padded.new_empty(len(class_counts), *padded.shape)
-        dist.all_gather_into_tensor(found.view(-1, *padded.shape[1:]), padded, group=group)
+        dist.all_gather_into_tensor(found.flatten(0, 1), padded, group=group)
         return torch.cat([part[:, :count] for part, count in zip(found, class_counts, strict=True)], 1).flatten(0, 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         counts, (gradient,) = ctx.class_counts, gradients
-        by_class = gradient.reshape(-1, sum(counts), *gradient.shape[1:])
+        by_class = gradient.reshape(gradient.shape[0] // sum(counts), sum(counts), *gradient.shape[1:])
         padded = gradient.new_zeros(len(counts), by_class.shape[0], max(counts), *gradient.shape[1:])
         for part, of_rank in zip(padded, by_class.split(counts, 1), strict=True):
             part[:, : of_rank.shape[1]] = of_rank
         own = padded.new_empty(padded.shape[1:])
-        dist.reduce_scatter_tensor(own, padded.view(-1, *own.shape[1:]), group=ctx.group)
+        dist.reduce_scatter_tensor(own, padded.flatten(0, 1), group=ctx.group)
         return own[:, : counts[ctx.rank]].flatten(0, 1), None, None, None
 
 

@@ -8,7 +8,8 @@ from gcahng.graph.coefficients import (
     UnitCoefficients,
 )
 from gcahng.graph.neighbours import neighbour_plan
-from gcahng.graph.network import GraphNetwork, GraphOutput, identity
+from gcahng.graph.network import GraphNetwork, identity
+from gcahng.graph.output import GraphOutput
 from gcahng.graph.pairs import PairPlan, block_classes, class_major_plan, pair_plan
 
 __all__ = [

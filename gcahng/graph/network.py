@@ -21,7 +21,6 @@ from gcahng.graph.coefficients import (
     ConstantCoefficients,
     PairCoefficients,
     TableCoefficients,
-    full_table,
 )
 from gcahng.graph.dropout import EdgeDropout
 from gcahng.graph.edge_layout import EdgeLayout, edge_layout
@@ -31,6 +30,7 @@ from gcahng.graph.edge_source import EdgeSource, ProductEdges, StoredEdges
 from gcahng.graph.edge_update import EndTerms, update_edges
 from gcahng.graph.features import unit_centred
 from gcahng.graph.kernels import EagerKernels
+from gcahng.graph.output import GraphOutput
 from gcahng.graph.pairs import PairPlan, block_classes, pair_plan
 from gcahng.graph.precision import autocast_dtype, linear, node_dtype
 from gcahng.graph.read_out import ReadOut, running_statistics, update_running
@@ -57,28 +57,6 @@ Reducer = Callable[[Tensor], Tensor]
 def identity(partial: Tensor) -> Tensor:
     """The reducer of one process: its partial sums are the sums."""
     return partial
-
-
-@dataclass(frozen=True)
-class GraphOutput:
-    """What the graph says about a batch.
-
-    Attributes:
-        node_logits: (B, N) class scores of the nodes.
-        coefficients: Pull coefficients by blocks, as the generation stage takes them; None if not asked for.
-    """
-
-    node_logits: Tensor
-    coefficients: Coefficients | None
-
-    @property
-    def pull_coefficients(self) -> Tensor:
-        """(B, B, D) in (0, 1): how far negative j keeps from anchor i, channel by channel.
-
-        Raises:
-            InputError: There are none, or only those of some pairs.
-        """
-        return full_table(self.coefficients)
 
 
 @dataclass(frozen=True)
@@ -178,9 +156,22 @@ class GraphNetwork(nn.Module):
         for layer, block in enumerate(self.edge_blocks):
             target = both if feeds_nodes and layer < last else generation
             target.extend(block.parameters())
-        metric = [*self.node_norm.parameters(), *self.node_classifier.parameters()]
+        metric = [*self.node_norm.parameters()]
+        if self.classifies_nodes:
+            metric += self.node_classifier.parameters()
         groups = {"both": both, "metric": metric, "generation": generation}
         return {name: [p for p in group if p.requires_grad] for name, group in groups.items()}
+
+    @property
+    def classifies_nodes(self) -> bool:
+        """Whether the node classifier is here."""
+        return "node_classifier" in self._modules
+
+    def take_node_classifier(self) -> nn.Linear:
+        """Take the node classifier away, for a caller who scores `GraphOutput.node_features` with it (N too large)."""
+        classifier = self.node_classifier
+        del self.node_classifier
+        return classifier
 
     def plan(self, batch_size: int, device: torch.device | str = "cpu") -> PairPlan:
         """A plan for samples in any order: blocks of consecutive samples."""
@@ -245,8 +236,11 @@ class GraphNetwork(nn.Module):
         run = self._scatter if self.backend == "scatter" else self._pairs
         with torch.autocast(z.device.type, enabled=False):
             h, coefficients = run(z, labels, call)
-            logits = linear(self.node_norm(h), self.node_classifier, node_dtype(h, dtype))
-        return GraphOutput(logits, coefficients)
+            features = self.node_norm(h)
+            logits = None
+            if self.classifies_nodes:
+                logits = linear(features, self.node_classifier, node_dtype(h, dtype))
+        return GraphOutput(features, logits, coefficients)
 
     def _pairs(self, z: Tensor, labels: Tensor, call: _Pass) -> tuple[Tensor, Coefficients | None]:
         plan = call.plan

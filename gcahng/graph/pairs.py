@@ -25,6 +25,11 @@ EDGES_PER_CHUNK = {"cpu": 1024}
 EDGES_PER_CHUNK_ELSEWHERE = 8192
 # CUDA: nodes per block, so that gathers and node sums are small beside the edges.
 BLOCK_ELSEWHERE = 16
+# What gathers and sums cost per block row, in edges. CPU: measured; elsewhere assumed, and used for several processes.
+NODE_COST = 0.25
+NODE_COST_ELSEWHERE = 1.0
+# CUDA: what a product on tiles of a power of two of nodes costs, in edges: 2 of the 41 products of a step (L = 1).
+TILE_COST = 0.05
 
 
 @dataclass(frozen=True)
@@ -135,21 +140,33 @@ def add_ends(into: Tensor, chunk: PairChunk, first: Tensor | None, second: Tenso
         add_blocks(blocks, chunk.second, second)
 
 
-def block_classes(num_classes: int, num_samples: int, device_type: str = "cpu") -> int:
-    """Classes per node block: the number that makes the edge stage cheapest.
+def block_classes(num_classes: int, num_samples: int, device_type: str = "cpu", ranks: int = 1) -> int:
+    """Classes per node block: the number that makes the edge stage of the fullest process cheapest.
 
-    Counts the edges computed (diagonal blocks hold each pair twice, padded classes are wasted) and charges the
-    per-block gathers and sums as a share of an edge per block row (measured on CPU).
+    Counts the edges computed (diagonal blocks hold each pair twice, padded classes are wasted, block pairs are dealt
+    out whole) and charges the per-block gathers and sums as a share of an edge per block row. Smaller blocks can be
+    dealt out more evenly.
+
+    Args:
+        num_classes, num_samples: P and K.
+        device_type: Where the edges are computed.
+        ranks: Number of processes; all get the same answer.
     """
-    if device_type != "cpu":
-        return max(1, min(num_classes, BLOCK_ELSEWHERE // num_samples))
+    on_cpu = device_type == "cpu"
+    largest = max(1, min(num_classes, 32 if on_cpu else BLOCK_ELSEWHERE // num_samples))
+    if ranks == 1 and not on_cpu:
+        return largest
 
     def cost(classes: int) -> float:
         b = classes * num_samples
         blocks = -(-num_classes // classes)
-        return blocks * (blocks + 1) / 2 * b * (b + 0.25)
+        pairs = -(-(blocks * (blocks + 1) // 2) // ranks)
+        if on_cpu:
+            return pairs * b * (b + NODE_COST)
+        tile = 1 << (b - 1).bit_length()
+        return pairs * (b * (b + NODE_COST_ELSEWHERE) + TILE_COST * tile**2)
 
-    return min(range(1, min(num_classes, 32) + 1), key=cost)
+    return min(range(1, largest + 1), key=cost)
 
 
 def pair_plan(
@@ -230,4 +247,5 @@ def class_major_plan(
     # A plan first made in inference mode must serve training later.
     with torch.inference_mode(False):
         order = torch.arange(num_classes * num_samples, device=device).view(num_samples, num_classes).T.reshape(-1)
-        return pair_plan(order, block_classes(num_classes, num_samples, device.type) * num_samples, share=share)
+        classes = block_classes(num_classes, num_samples, device.type, share[1])
+        return pair_plan(order, classes * num_samples, share=share)

@@ -1,11 +1,21 @@
-"""Proxy-Anchor loss (Kim et al., CVPR 2020)."""
+"""Proxy-Anchor loss (Kim et al., CVPR 2020).
+
+Letters: B samples, D channels, N training classes with a proxy each.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from gcahng.errors import InputError
 from gcahng.layout import BatchLayout, check_embeddings, check_labels, check_same_width
+
+# Similarities of one slice of proxies; about six times as much is there at once. Where there are several slices, the
+# backward pass computes each again.
+SIMILARITY_BYTES = 64 << 20
 
 
 class ProxyAnchorLoss(nn.Module):
@@ -50,26 +60,78 @@ class ProxyAnchorLoss(nn.Module):
         Raises:
             InputError: Shapes, dtypes or labels do not fit, or candidates are given.
         """
-        check_embeddings(embeddings, values=layout is None)
-        check_labels(labels, embeddings.shape[0])
         if candidates is not None or candidate_labels is not None:
             raise InputError("`candidates` must be None: ProxyAnchorLoss compares embeddings with its proxies.")
-        check_same_width(self.proxies, embeddings, "proxies", "embeddings")
-        if not embeddings.shape[0]:
-            raise InputError("`embeddings` is empty: expected at least one sample.")
-        num_classes = self.proxies.shape[0]
-        if layout is None and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-            raise InputError(
-                f"`labels` must lie in [0, {num_classes}), one proxy each: got {int(labels.min())} to "
-                f"{int(labels.max())}. Number the training classes from 0."
-            )
-        similarity = F.normalize(embeddings, dim=1, eps=1e-12) @ F.normalize(self.proxies, dim=1, eps=1e-12).T
-        own = torch.zeros_like(similarity, dtype=torch.bool).scatter(1, labels.long()[:, None], True)
-        positive = _log_one_plus_sum(-self.scale * (similarity - self.margin), own)
-        negative = _log_one_plus_sum(self.scale * (similarity + self.margin), ~own)
-        present = own.any(0)
-        # The positive term of a proxy that no embedding belongs to is log 1 = 0.
-        return positive.sum() / present.sum() + negative.sum() / num_classes
+        return proxy_anchor_loss(
+            self.proxies, embeddings, labels, scale=self.scale, margin=self.margin, check_values=layout is None
+        )
+
+
+def proxy_anchor_loss(
+    proxies: Tensor,
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    scale: float,
+    margin: float,
+    num_classes: int | None = None,
+    first_class: int = 0,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    check_values: bool = True,
+) -> Tensor:
+    """The loss from some of the proxies or all: it consists of sums over proxies.
+
+    Args:
+        proxies: (n, D) of the classes from `first_class` on.
+        embeddings: (B, D); any number of samples per class.
+        labels: (B,) int64 in [0, N).
+        scale, margin: As in `ProxyAnchorLoss`.
+        num_classes: N; n where the proxies are all there are.
+        first_class: Class of the first proxy here.
+        reduce: Differentiable sum over those who have the other proxies; None: nobody has.
+        check_values: False leaves it to the caller that embeddings and labels are good: a look waits for the device.
+    Returns:
+        Scalar loss.
+    Raises:
+        InputError: Shapes, dtypes or labels do not fit.
+    """
+    total = proxies.shape[0] if num_classes is None else num_classes
+    check_embeddings(embeddings, values=check_values)
+    check_labels(labels, embeddings.shape[0])
+    check_same_width(proxies, embeddings, "proxies", "embeddings")
+    if not embeddings.shape[0]:
+        raise InputError("`embeddings` is empty: expected at least one sample.")
+    if check_values and not 0 <= int(labels.min()) <= int(labels.max()) < total:
+        raise InputError(
+            f"`labels` must lie in [0, {total}), one proxy each: got {int(labels.min())} to {int(labels.max())}. "
+            "Number the training classes from 0."
+        )
+    unit = F.normalize(embeddings, dim=1, eps=1e-12)
+    size = max(1, SIMILARITY_BYTES // (unit.shape[0] * unit.element_size()))
+    parts, first = [], first_class
+    # `split`: its backward pass joins the slices' gradients instead of adding up as many zero-filled ones.
+    for some in proxies.split(size):
+        given = (unit, labels.long() - first, some, scale, margin)
+        again = some.shape[0] < proxies.shape[0]
+        parts.append(
+            checkpoint(_sums, *given, use_reentrant=False, preserve_rng_state=False) if again else _sums(*given)
+        )
+        first += some.shape[0]
+    sums = torch.stack(parts).sum(0)
+    positive, negative, present = (sums if reduce is None else reduce(sums)).unbind()
+    return positive / present + negative / total
+
+
+def _sums(unit: Tensor, labels: Tensor, proxies: Tensor, scale: float, margin: float) -> Tensor:
+    """(3,): positive terms, negative terms, proxies present; labels counted from the first proxy, any others are none.
+
+    The positive term of a proxy that no embedding belongs to is log 1 = 0.
+    """
+    similarity = unit @ F.normalize(proxies, dim=1, eps=1e-12).T
+    own = labels[:, None] == torch.arange(proxies.shape[0], device=labels.device)
+    positive = _log_one_plus_sum(-scale * (similarity - margin), own)
+    negative = _log_one_plus_sum(scale * (similarity + margin), ~own)
+    return torch.stack([positive.sum(), negative.sum(), own.any(0).sum().to(unit.dtype)])
 
 
 def _log_one_plus_sum(exponents: Tensor, mask: Tensor) -> Tensor:

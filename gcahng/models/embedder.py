@@ -16,6 +16,9 @@ HEAD_INITS = ("default", "orthogonal")
 class Embedder(nn.Module):
     """Backbone, pooling, embedding head; and which of their parameters are trained.
 
+    Which parameters require gradients is settled when it is built, warm-up or not: wrappers that average gradients
+    over processes look once.
+
     Args:
         backbone: Images to a feature map or tokens.
         embedding_dim: D.
@@ -66,11 +69,10 @@ class Embedder(nn.Module):
         self.pooling = pooling
         self.head = _build_head(backbone.num_features, embedding_dim, head, head_init)
         self._frozen_norms = self._norms_to_freeze() if freeze_batch_norm else []
-        self._trained_parameters = {name for name, p in backbone.named_parameters() if p.requires_grad}
         if freeze_patch_embed:
-            self._trained_parameters -= self._patch_parameters()
+            for parameter in self._patch_parameters():
+                parameter.requires_grad_(False)
         self.warm_up = False
-        self.set_warm_up(False)
         self.train()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -86,26 +88,34 @@ class Embedder(nn.Module):
         Raises:
             InputError: the backbone refuses the image size, or returns another shape than it says.
         """
-        features = _at_least_float32(self.backbone(images))
+        return self.embed_features(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Backbone and pooling: (B, C) of images as `forward` takes them."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.warm_up):
+            features = _at_least_float32(self.backbone(images))
         pooled = pool(features, self.pooling, self.backbone.num_prefix_tokens)
         if pooled.shape[1] != self.backbone.num_features:
             raise InputError(
                 f"The backbone must return as many channels as its `num_features`: expected "
                 f"{self.backbone.num_features}, got {pooled.shape[1]}. Correct its `num_features`."
             )
-        return _at_least_float32(self.head(pooled))
+        return pooled
+
+    def embed_features(self, features: Tensor) -> Tensor:
+        """The head: (B, D) embeddings of `features`, (B, C), of the whole batch at once."""
+        return _at_least_float32(self.head(features))
 
     def set_warm_up(self, active: bool) -> None:
         """Train the head alone (`active`), or everything but what is frozen for good.
 
-        BatchNorm statistics that are not frozen go on being updated during the warm-up, as in the
-        released code.
+        In the warm-up no gradient reaches the backbone. Its BatchNorm statistics that are not frozen go on being
+        updated, as in the released code.
         """
         self.warm_up = active
-        for name, parameter in self.backbone.named_parameters():
-            parameter.requires_grad_(not active and name in self._trained_parameters)
-            if not parameter.requires_grad:
-                # An optimiser moves whatever still has a gradient.
+        if active:
+            # An optimiser moves whatever still has a gradient.
+            for parameter in self.backbone.parameters():
                 parameter.grad = None
 
     def train(self, mode: bool = True) -> "Embedder":
@@ -121,14 +131,13 @@ class Embedder(nn.Module):
             raise ConfigError("model.freeze_batch_norm is true, but the backbone has no BatchNorm2d. Set it to false.")
         return norms
 
-    def _patch_parameters(self) -> set[str]:
+    def _patch_parameters(self) -> list[nn.Parameter]:
         module = self.backbone.patch_embed
         if module is None:
             raise ConfigError(
                 "model.freeze_patch_embed is true, but the backbone has no patch embedding. Set it to false."
             )
-        inside = {id(parameter) for parameter in module.parameters()}
-        return {name for name, p in self.backbone.named_parameters() if id(p) in inside}
+        return list(module.parameters())
 
 
 def _build_head(num_features: int, embedding_dim: int, kind: str, init: str) -> nn.Sequential:

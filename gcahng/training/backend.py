@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gcahng.distributed import ONE, Ranks
+from gcahng.distributed.shard_states import load_whole_optimizer_state, whole_optimizer_state
 from gcahng.errors import ConfigError
 from gcahng.training.finite_checks import DeferredChecks, FiniteChecks, ImmediateChecks
 from gcahng.training.optimizers import PassGate, obeys_gate
@@ -56,10 +58,19 @@ class Backend(Protocol):
         """Move the named parts' parameters that pass `reach` reached, then drop all their gradients."""
 
     def optimizer_state(self, name: str) -> dict[str, Any]:
-        """The whole state of a part's optimiser, as one process without wrappers has it; all ranks call it."""
+        """The whole state of a part's optimiser, as one process without wrappers has it; all ranks call it.
+
+        Of a part whose rows are spread over ranks it is on rank 0 alone, the others' is empty.
+        """
 
     def load_optimizer_state(self, name: str, state: dict[str, Any]) -> None:
         """Go on from what `optimizer_state` gave, whatever backend and number of ranks gave it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What else a checkpoint holds, beside modules and optimisers; the same on all ranks."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
 
     def close(self) -> None:
         """Training has ended: let go of what would disturb the end of the process."""
@@ -77,6 +88,7 @@ class PlainBackend:
         device: torch.device | str = "cpu",
         precision: Precision = "fp32",
         deferred_checks: bool = False,
+        ranks: Ranks = ONE,
     ) -> None:
         """
         Args:
@@ -87,6 +99,7 @@ class PlainBackend:
             precision: Of matrix products.
             deferred_checks: Find numbers that are not finite without waiting for the device (`DeferredChecks`): for
                 optimisers that are fused, and a caller that calls `checks.finish()` after the last step.
+            ranks: All that must stop together, for the subclasses: this class alone is for one.
         Raises:
             ConfigError: fp16 without CUDA.
         """
@@ -101,7 +114,8 @@ class PlainBackend:
             "bf16": torch.bfloat16,
             "fp16": torch.float16,
         }[precision]
-        self.checks: FiniteChecks = DeferredChecks(self.device) if deferred_checks else ImmediateChecks()
+        self.ranks = ranks
+        self.checks: FiniteChecks = DeferredChecks(self.device, ranks) if deferred_checks else ImmediateChecks(ranks)
         self.scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
 
     def has(self, name: str) -> bool:
@@ -141,7 +155,7 @@ class PlainBackend:
     def _check_gradients(self, optimizers: Mapping[str, Optimizer], reach: str) -> None:
         """Before any parameter moves: raise, or close the gate, if a gradient is not finite."""
         # A loss scaler looks at gradients itself: those that overflow are its business.
-        checked = {} if self.scaler is not None else {name: _gradients(o) for name, o in optimizers.items()}
+        checked = {} if self.scaler is not None else {name: gradients_of(o) for name, o in optimizers.items()}
         self.checks.gradients(checked, reach)
         if not all(obeys_gate(optimizer) for optimizer in optimizers.values()):
             self.checks.settle()
@@ -150,7 +164,7 @@ class PlainBackend:
         gate = self.checks.gate
         if self.scaler is not None:
             if gate is not None:
-                _spoil(_gradients(optimizer), gate)
+                spoil(gradients_of(optimizer), gate)
             self.scaler.unscale_(optimizer)
             self.scaler.step(optimizer)
         elif gate is not None and obeys_gate(optimizer):
@@ -163,10 +177,10 @@ class PlainBackend:
             optimizer.step()
 
     def optimizer_state(self, name: str) -> dict[str, Any]:
-        return self.optimizers[name].state_dict()
+        return whole_optimizer_state(self.modules[name], self.optimizers[name])
 
     def load_optimizer_state(self, name: str, state: dict[str, Any]) -> None:
-        self.optimizers[name].load_state_dict(state)
+        load_whole_optimizer_state(self.modules[name], self.optimizers[name], state)
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -180,11 +194,12 @@ class PlainBackend:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def _gradients(optimizer: Optimizer) -> list[Tensor]:
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """The gradients that there are of an optimiser's parameters."""
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def _spoil(gradients: Sequence[Tensor], gate: Tensor) -> None:
+def spoil(gradients: Sequence[Tensor], gate: Tensor) -> None:
     """Make the smallest gradient NaN where the gate is closed: a loss scaler then skips the move."""
     if gradients:
         smallest = min(gradients, key=Tensor.numel)

@@ -34,13 +34,20 @@ def save_checkpoint(
     run_dir: Path,
     step: int,
     *,
-    modules: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Optimizer],
+    modules: Mapping[str, Mapping[str, Tensor]],
+    optimizers: Mapping[str, Mapping[str, Any]],
     state: Mapping[str, Any],
     config_yaml: str,
 ) -> Path:
     """Write `run_dir/step-N` and return it; an existing folder of that name is replaced.
 
+    Args:
+        run_dir: Run folder.
+        step: N.
+        modules: The parts' state by name.
+        optimizers: The optimisers' state by part, as one process without wrappers has it.
+        state: What `state.json` holds.
+        config_yaml: Resolved configuration.
     Raises:
         TrainingError: It cannot be written (a full disk, say); what stood in `run_dir` is as before.
     """
@@ -71,15 +78,16 @@ def save_checkpoint(
     return target
 
 
-def _write_parts(folder: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> None:
-    for name, module in modules.items():
+def _write_parts(
+    folder: Path, modules: Mapping[str, Mapping[str, Tensor]], optimizers: Mapping[str, Mapping[str, Any]]
+) -> None:
+    for name, state in modules.items():
         # Copies: safetensors refuses tensors that share memory, as tied weights of an own backbone do.
-        state = module.state_dict()
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
         if tensors:
             save_file(tensors, folder / f"{name}.safetensors")
-    for name, optimizer in optimizers.items():
-        torch.save(optimizer.state_dict(), folder / f"optimizer-{name}.pt")
+    for name, moments in optimizers.items():
+        torch.save(dict(moments), folder / f"optimizer-{name}.pt")
 
 
 def point(run_dir: Path, name: str, target: Path) -> None:
@@ -180,9 +188,13 @@ def load_module(module: nn.Module, folder: Path, name: str) -> None:
     module.load_state_dict(saved)
 
 
-def load_optimizer(optimizer: Optimizer, folder: Path, name: str) -> None:
-    """Load one optimiser's state; whether it is fused stays as it is.
+def read_optimizer(folder: Path, name: str, like: Optimizer) -> dict[str, Any]:
+    """One optimiser's state, to be loaded.
 
+    Args:
+        folder: Checkpoint.
+        name: Part.
+        like: The optimiser that will take it: whether it is fused stays as it is.
     Raises:
         DataError: The file is missing, or holds other things than tensors and plain values.
     """
@@ -190,16 +202,16 @@ def load_optimizer(optimizer: Optimizer, folder: Path, name: str) -> None:
     if not file.is_file():
         raise DataError(f"Checkpoint {folder} lacks {file.name}: it cannot be resumed. Use train.init_from.")
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{file} holds more than tensors and plain values: it is not read, since that could run code. "
             "Use train.init_from."
         ) from error
-    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False):
+    for saved, own in zip(state["param_groups"], like.param_groups, strict=False):
         if "fused" in own:
             saved["fused"] = own["fused"]  # belongs to the device of this run, not to the checkpoint's
-    optimizer.load_state_dict(state)
+    return state
 
 
 def start_from(modules: Mapping[str, nn.Module], folder: Path, *, same_classes: bool) -> list[str]:

@@ -13,6 +13,7 @@ from gcahng.data.plans.class_table import ClassTable, Integers
 from gcahng.data.plans.validation_classes import split_validation
 from gcahng.data.shards.reader import ShardSet
 from gcahng.data.stores import CacheSettings, ShardStore, open_store
+from gcahng.distributed import ONE, Ranks
 from gcahng.errors import ConfigError
 from gcahng.training.config import Config, DataConfig, TransformConfig
 
@@ -84,8 +85,8 @@ def open_data(config: Config) -> RunData:
     )
 
 
-def build_train_loader(config: Config, data: RunData, *, pin_memory: bool = False) -> TrainLoader:
-    """Batches of the configuration's shape."""
+def build_train_loader(config: Config, data: RunData, *, ranks: Ranks = ONE, pin_memory: bool = False) -> TrainLoader:
+    """Batches of the configuration's shape: this rank's part of each."""
     return TrainLoader(
         data.shards,
         data.table,
@@ -95,6 +96,8 @@ def build_train_loader(config: Config, data: RunData, *, pin_memory: bool = Fals
         transform=data.transform,
         sampler=config.batch.sampler,
         passes=config.batch.passes,
+        rank=ranks.rank,
+        world_size=ranks.size,
         num_workers=config.data.num_workers,
         on_error=config.data.on_error,
         pin_memory=pin_memory,

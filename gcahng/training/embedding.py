@@ -1,4 +1,7 @@
-"""From images to embeddings: rows of a shard folder, or plain tars."""
+"""From images to embeddings: rows of a shard folder, or plain tars.
+
+With several ranks each embeds its contiguous part of the rows, and all of them get all embeddings.
+"""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -9,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -16,8 +20,11 @@ from tqdm import tqdm
 from gcahng.data.eval_loader import eval_loader
 from gcahng.data.images.transform_settings import TransformSettings
 from gcahng.data.images.transforms import normalise
+from gcahng.data.ranks import rank_part
 from gcahng.data.shards.reader import ShardSet
 from gcahng.data.tars.loader import TarBatch, restore_order, tar_loader
+from gcahng.distributed import ONE, Ranks
+from gcahng.distributed.agreement import agreed
 from gcahng.errors import DataError, TrainingError
 from gcahng.models import Embedder
 
@@ -63,30 +70,61 @@ class EmbeddedTars:
 
 
 def embed_rows(
-    model: Embedder, shards: ShardSet, rows: NDArray[np.int64], settings: EmbeddingSettings
+    model: Embedder,
+    shards: ShardSet,
+    rows: NDArray[np.int64],
+    settings: EmbeddingSettings,
+    ranks: Ranks = ONE,
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings (n, D) float32 and class ids (n,) of the rows, in their order, on the CPU.
+    """Embeddings (n, D) float32 and class ids (n,) of the rows, in their order, on the CPU of every rank.
 
+    Args:
+        model: The metric model, the same on every rank.
+        shards: Where the images are.
+        rows: (n,) the same on every rank, at least one.
+        settings: How images become embeddings.
+        ranks: Who embeds a part of the rows.
     Raises:
-        DataError: An image is unreadable.
-        TrainingError: An embedding is not finite; the message names the sample.
+        DataError: An image is unreadable, on whichever rank.
+        TrainingError: An embedding is not finite, on whichever rank; the message names the sample.
     """
+    embeddings = agreed(ranks, lambda: _own_embeddings(model, shards, rows, settings, ranks))
+    labels = torch.from_numpy(np.asarray(shards.class_ids(rows), dtype=np.int64))
+    return _of_all_ranks(embeddings, len(rows), ranks, model.embedding_dim), labels
+
+
+def _own_embeddings(
+    model: Embedder, shards: ShardSet, rows: NDArray[np.int64], settings: EmbeddingSettings, ranks: Ranks
+) -> Tensor:
+    """(n_r, D) embeddings of this rank's part of the rows; it may have none."""
     loader = eval_loader(
         shards,
         rows,
         transform=settings.transform,
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
-        rank=0,
-        world_size=1,
+        rank=ranks.rank,
+        world_size=ranks.size,
         pin_memory=settings.device.type == "cuda",
     )
-    embeddings, labels = [], []
+    embeddings = [torch.empty(0, model.embedding_dim)]
     with _evaluating(model):
-        for images, class_ids, batch_rows in _shown(loader, settings):
+        for images, _, batch_rows in _shown(loader, settings):
             embeddings.append(_embed(model, images, settings, [shards.key(row) for row in batch_rows.tolist()]))
-            labels.append(class_ids)
-    return torch.cat(embeddings), torch.cat(labels)
+    return torch.cat(embeddings)
+
+
+def _of_all_ranks(own: Tensor, count: int, ranks: Ranks, dim: int) -> Tensor:
+    """(count, D) all ranks' rows in the order of ranks, exchanged between CPUs; parts differ by one row at most."""
+    if ranks.size == 1:
+        return own
+    parts = [rank_part(count, rank, ranks.size) for rank in range(ranks.size)]
+    sizes = [part.stop - part.start for part in parts]
+    padded = own.new_zeros(max(sizes), dim)
+    padded[: own.shape[0]] = own
+    found = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(found, padded, group=ranks.host_group)
+    return torch.cat([rows[:size] for rows, size in zip(found, sizes, strict=True)])
 
 
 def embed_tars(

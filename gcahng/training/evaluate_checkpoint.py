@@ -51,9 +51,17 @@ def _evaluation_config(file: Path, overrides: Sequence[str]) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, device=device))
 
 
-def embedding_settings(config: Config, *, progress_bars: bool = False) -> EmbeddingSettings:
-    """How a run's configuration turns images into embeddings; fp32 in place of fp16 where there is no CUDA."""
-    device = choose_device(config.train.device)
+def embedding_settings(
+    config: Config, *, device: torch.device | None = None, progress_bars: bool = False
+) -> EmbeddingSettings:
+    """How a run's configuration turns images into embeddings; fp32 in place of fp16 where there is no CUDA.
+
+    Args:
+        config: Of the run.
+        device: Where the model is; by default the one of `train.device`.
+        progress_bars: Show a bar.
+    """
+    device = choose_device(config.train.device) if device is None else device
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
     if dtype is torch.float16 and device.type != "cuda":
         log.info("Embedding in fp32: train.precision fp16 needs CUDA, the device is %s.", device.type)

@@ -13,6 +13,7 @@ from torch import Tensor
 from gcahng.data.shards.reader import ShardSet
 from gcahng.data.tars.labels import label_ids
 from gcahng.data.tars.locations import find_tars
+from gcahng.distributed import ONE, Ranks
 from gcahng.errors import ConfigError, DataError
 from gcahng.metrics import RetrievalResult, retrieval
 from gcahng.models import Embedder
@@ -60,14 +61,18 @@ def evaluate(
     rows: NDArray[np.int64] | None = None,
     num_neighbours: int = 0,
     save_to: Path | None = None,
+    ranks: Ranks = ONE,
 ) -> RetrievalResult:
     """Retrieval metrics of a split (or of the given rows, by self-retrieval), ranked on the model's device.
+
+    With several ranks each embeds a part, and every rank ranks all of it: the same result on each.
 
     Args:
         config: Protocol, split and ks.
         rows: Rows to search among themselves instead of the configured split.
         num_neighbours: Nearest neighbours to return per query.
-        save_to: Write the embeddings to this file, see `save_embeddings`.
+        save_to: Write the embeddings to this file, see `save_embeddings`; on rank 0.
+        ranks: Who embeds.
     """
     if save_to is not None:
         check_target(save_to)
@@ -79,9 +84,9 @@ def evaluate(
         query_rows = shards.split_samples(config.split)
         if config.protocol == "query_gallery":
             gallery_rows = _gallery_rows(shards, config)
-    query = embed_rows(model, shards, query_rows, settings)
-    gallery = None if gallery_rows is None else embed_rows(model, shards, gallery_rows, settings)
-    if save_to is not None:
+    query = embed_rows(model, shards, query_rows, settings, ranks)
+    gallery = None if gallery_rows is None else embed_rows(model, shards, gallery_rows, settings, ranks)
+    if save_to is not None and ranks.first:
         named = NamedEmbeddings.of_rows(query, shards, query_rows)
         searched = None
         if gallery is not None and gallery_rows is not None:

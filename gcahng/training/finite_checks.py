@@ -9,7 +9,11 @@ Not undone in either case: running statistics of BatchNorms that have taken in a
 those are the metric model's, with deferred checks also the graph's and those of the steps until the error; the same
 holds for epoch averages. A run ends with the error and saves nothing.
 
-Letters: B samples of the batch.
+Several ranks raise together, at the same call: else one would leave while the others wait for it. Embeddings are those
+of the global batch, which all have; about losses and gradients they tell each other once per pass, before anything
+moves; and what deferred checks read when depends on the number of steps, not on the time that copies take.
+
+Letters: B samples of the batch, W ranks.
 """
 
 import math
@@ -21,6 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gcahng.distributed import ONE, Ranks
 from gcahng.errors import TrainingError
 
 # Steps that may be under way when another one begins: one that the device works on and one that waits for it. More
@@ -86,15 +91,22 @@ class FiniteChecks(Protocol):
 
 
 class ImmediateChecks:
-    """Looks at every number when it is told, before anything moves."""
+    """Looks at every number when it is told, before anything moves; several ranks at losses with the gradients."""
 
     gate: Tensor | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ONE) -> None:
+        """
+        Args:
+            ranks: All that raise together.
+        """
         self._step = 0
+        self._ranks = ranks
+        self._losses: dict[str, Tensor] = {}
 
     def begin(self, step: int) -> None:
         self._step = step
+        self._losses.clear()
 
     def embeddings(self, z: Tensor, whole: Tensor) -> None:
         finite = torch.isfinite(z.detach()).all(1)
@@ -102,12 +114,22 @@ class ImmediateChecks:
             raise _bad_embeddings(self._step, finite.tolist(), whole.tolist())
 
     def loss(self, loss: Tensor, reach: str) -> None:
-        if not bool(torch.isfinite(loss)):
+        if self._ranks.size > 1:
+            self._losses[reach] = loss.detach()
+        elif not bool(torch.isfinite(loss)):
             raise _bad_loss(self._step, float(loss.detach()), reach)
 
     def gradients(self, parts: Mapping[str, Sequence[Tensor]], reach: str) -> None:
-        for name, gradients in parts.items():
-            if gradients and not bool(torch.isfinite(_largest(gradients))):
+        loss = self._losses.pop(reach, None)
+        found = [0.0 if loss is None else float(loss)]
+        found += [float(_largest(gradients)) if gradients else 0.0 for gradients in parts.values()]
+        if self._ranks.size > 1:
+            bad = self._ranks.host_max([float(not math.isfinite(value)) for value in found])
+            found = [math.nan if b and math.isfinite(value) else value for b, value in zip(bad, found, strict=True)]
+        if not math.isfinite(found[0]):
+            raise _bad_loss(self._step, found[0], reach)
+        for name, value in zip(parts, found[1:], strict=True):
+            if not math.isfinite(value):
                 raise _bad_gradients(self._step, name, reach)
 
     def settle(self) -> None:
@@ -179,17 +201,21 @@ class DeferredChecks:
     closed. Before others move, the findings so far are waited for.
     """
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str, ranks: Ranks = ONE) -> None:
         """
         Args:
             device: Where losses and gradients are.
+            ranks: All whose gates close together.
         """
+        self._ranks = ranks
         self.gate: Tensor = torch.zeros((), device=device)
         self._findings = _Findings(0)
         self._arrivals: deque[_Arrival] = deque()
 
     def begin(self, step: int) -> None:
-        while self._arrivals and (len(self._arrivals) >= MOST_AHEAD or self._arrivals[0].arrived):
+        # When a copy arrives is another matter on each rank.
+        alone = self._ranks.size == 1
+        while self._arrivals and (len(self._arrivals) >= MOST_AHEAD or (alone and self._arrivals[0].arrived)):
             self._raise_if_bad(self._arrivals.popleft())
         self._findings = _Findings(step)
 
@@ -205,9 +231,18 @@ class DeferredChecks:
         for name, gradients in parts.items():
             if gradients:
                 self._note(reach, name, _largest(gradients))
-        of_pass = [v for (r, _), v in zip(self._findings.names, self._findings.values, strict=True) if r == reach]
-        if of_pass:
-            self._require(torch.isfinite(torch.stack(of_pass)).all())
+        found = self._findings
+        of_pass = [index for index, (of, _) in enumerate(found.names) if of == reach]
+        if not of_pass:
+            return
+        values = torch.stack([found.values[index] for index in of_pass])
+        good = torch.isfinite(values)
+        if self._ranks.size > 1:
+            here, good = good, self._ranks.sum((~good).float()) == 0
+            values = values.masked_fill(here & ~good, math.nan)
+            for index, value in zip(of_pass, values.unbind(), strict=True):
+                found.values[index] = value
+        self._require(good.all())
 
     def settle(self) -> None:
         self.finish()

@@ -25,10 +25,16 @@ def node_and_synthetic(
     generates: bool,
     call: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """The graph's part of the metric pass: J_nce, and J_syn if its coefficients make the negatives."""
+    """The graph's part of the metric pass: J_nce, and J_syn if its coefficients make the negatives.
+
+    A graph without node classifier gives "node_features", (B, D), in place of J_nce.
+    """
     output = graph(z, labels, need_coefficients=generates, coefficient_gradient=False, **call)
     with torch.autocast(z.device.type, enabled=False):
-        losses = {"node_loss": F.cross_entropy(output.node_logits, labels)}
+        if graph.classifies_nodes:
+            losses = {"node_loss": F.cross_entropy(output.node_logits, labels)}
+        else:
+            losses = {"node_features": output.node_features}
         if generates:
             assert synthesis is not None
             losses["synthetic_loss"] = synthetic_loss(z, output.coefficients, synthesis, reduce=call["reduce"])
@@ -37,17 +43,17 @@ def node_and_synthetic(
 
 @dataclass(frozen=True)
 class Judge:
-    """J_gen of coefficients; see `generation_loss`."""
+    """J_gen of coefficients; see `generation_loss`. The classifier is made when it judges: it may be large."""
 
     synthesis: Synthesis
-    classifier: ConstantClassifier
+    classifier: Callable[[], ConstantClassifier]
     class_labels: Tensor
     factors: LossFactors
     reduce: Callable[[Tensor], Tensor]
 
     def __call__(self, z: Tensor, coefficients: Coefficients) -> dict[str, Tensor]:
         found = generation_loss(
-            z, coefficients, self.synthesis, self.classifier, self.class_labels, self.factors, reduce=self.reduce
+            z, coefficients, self.synthesis, self.classifier(), self.class_labels, self.factors, reduce=self.reduce
         )
         losses = {
             "classification_loss": found.classification,

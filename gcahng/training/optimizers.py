@@ -1,7 +1,7 @@
 """Optimisers and schedules of the parts, the pass gate, clipping by value."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,27 +18,42 @@ from torch.optim.lr_scheduler import (
 from gcahng.components import load_component
 from gcahng.errors import ConfigError
 from gcahng.graph import GraphNetwork
+from gcahng.models import Embedder
 from gcahng.training.config_schema import OptimizerConfig, ScheduleConfig
 
 ALL_PASSES = "both"
+# Parameters that every pass reaches, but for the warm-up.
+AFTER_WARM_UP = "after_warm_up"
 
 
 class PassGate:
     """Keeps parameters that a pass does not reach out of that pass's optimiser step.
 
-    The graph network is stepped twice per iteration, and each pass reaches other parameters.
-    PyTorch leaves the others' gradients None, so that AdamW neither decays them nor moves their moments; a backend
-    that fills missing gradients with zeros would. The gate makes it explicit: parameter groups carry the pass that
-    reaches them, and before each step the gradients of the other groups are set to None.
+    The graph network is stepped twice per iteration, and each pass reaches other parameters; in the warm-up none
+    reaches the backbone. PyTorch leaves the others' gradients None, so that AdamW neither decays them nor moves their
+    moments; a backend that fills missing gradients with zeros would. The gate makes it explicit: parameter groups carry
+    the pass that reaches them (`reach`), and before each step the gradients of the other groups are set to None.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, warming_up: Callable[[], bool] = lambda: False) -> None:
+        """
+        Args:
+            optimizer: To attach to; a group without `reach` is open to all passes.
+            warming_up: Whether the part is in its warm-up, asked at each step.
+        """
         self.active = ALL_PASSES
+        self.warming_up = warming_up
         optimizer.register_step_pre_hook(self._close)
+
+    def is_open(self, reach: str) -> bool:
+        """Whether parameters of this mark move in the active pass."""
+        if reach == AFTER_WARM_UP:
+            return not self.warming_up()
+        return reach in (ALL_PASSES, self.active)
 
     def _close(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for group in optimizer.param_groups:
-            if group.get("reach", ALL_PASSES) not in (ALL_PASSES, self.active):
+            if not self.is_open(group.get("reach", ALL_PASSES)):
                 for parameter in group["params"]:
                     parameter.grad = None
 
@@ -82,11 +97,14 @@ def start_momentum(optimizer: Optimizer) -> None:
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups of a part; a graph network's are named by the passes that reach them."""
+    """Parameter groups of a part, marked by the passes that reach them, in the order of its parameters."""
     if isinstance(module, GraphNetwork):
         groups = module.parameter_groups()
-        return [{"params": params, "reach": reach} for reach, params in groups.items() if params]
-    return [{"params": list(module.parameters()), "reach": ALL_PASSES}]
+    elif isinstance(module, Embedder):
+        groups = {AFTER_WARM_UP: list(module.backbone.parameters()), ALL_PASSES: list(module.head.parameters())}
+    else:
+        groups = {ALL_PASSES: list(module.parameters())}
+    return [{"params": params, "reach": reach} for reach, params in groups.items() if params]
 
 
 def build_optimizer(
@@ -102,7 +120,7 @@ def build_optimizer(
             `gcahng.training.finite_checks` ask for. Other numbers by rounding alone.
     """
     optimizer = _make(settings, parameter_groups(module), fused)
-    gate = PassGate(optimizer)
+    gate = PassGate(optimizer, lambda: module.warm_up) if isinstance(module, Embedder) else PassGate(optimizer)
     if fused and settings.name == "sgd":
         start_momentum(optimizer)
     if clip_value is not None:

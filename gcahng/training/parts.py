@@ -11,14 +11,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gcahng.components import load_component
+from gcahng.data.ranks import rank_sizes
+from gcahng.distributed.shard_states import check_by_entry, is_sharded
 from gcahng.errors import ConfigError
 from gcahng.graph import GraphNetwork
 from gcahng.losses import NPairLoss, NPairPlusLoss, ProxyAnchorLoss
 from gcahng.models import Embedder, build_embedder
 from gcahng.random import stream_key
-from gcahng.training.backend import PlainBackend
+from gcahng.training.backend import Backend
 from gcahng.training.config import Config, LossConfig, ModelConfig
+from gcahng.training.launched import Launched
+from gcahng.training.make_backend import make_backend
 from gcahng.training.optimizers import PassGate, build_optimizer, build_schedule
+from gcahng.training.sharded_parts import NODE_CLASSIFIER
 from gcahng.training.step import StepSettings, TrainingStep
 
 _LOSSES: dict[str, Callable[..., nn.Module]] = {
@@ -31,9 +36,10 @@ OPTIMIZER_OF = {
     "metric_model": "metric_model",
     "metric_loss": "proxies",
     "graph": "graph",
+    NODE_CLASSIFIER: "graph",
     "classifier": "classifier",
 }
-_CLIPPED = ("metric_model", "graph")
+_CLIPPED = ("metric_model", "graph", NODE_CLASSIFIER)
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,8 @@ def build_parts(
         modules: Parts by name.
         device: Of the run.
         fused: Whether optimisers are fused (see `build_optimizer`); by default on CUDA.
+    Raises:
+        ConfigError: An optimiser cannot be made, or cannot move rows that are spread over ranks.
     """
     fused = device.type == "cuda" if fused is None else fused
     optimizers: dict[str, Optimizer] = {}
@@ -166,29 +174,25 @@ def build_parts(
         settings = getattr(config.optim, OPTIMIZER_OF[name])
         clip = config.optim.clip_value if name in _CLIPPED else None
         optimizers[name], gates[name] = build_optimizer(module, settings, clip_value=clip, fused=fused)
+        if is_sharded(module):
+            check_by_entry(name, optimizers[name])
         schedules[name] = build_schedule(optimizers[name], settings.schedule, config.train.epochs)
     return RunParts(dict(modules), optimizers, gates, schedules)
 
 
 def build_step(
-    config: Config, parts: RunParts, device: torch.device, *, deferred_checks: bool | None = None
-) -> tuple[TrainingStep, PlainBackend]:
-    """The training step on a backend of one process.
+    config: Config, parts: RunParts, launched: Launched, *, deferred_checks: bool | None = None
+) -> tuple[TrainingStep, Backend]:
+    """The training step over all ranks, and the backend that it runs on; every rank calls it.
 
     Args:
         config: Of the run.
-        parts: What is trained.
-        device: Where the parts are.
+        parts: What is trained, on the device of `launched`.
+        launched: The ranks, and which backend.
         deferred_checks: Whether the step never waits for the device (see `PlainBackend`); by default on CUDA.
     """
-    backend = PlainBackend(
-        parts.modules,
-        parts.optimizers,
-        parts.gates,
-        device=device,
-        precision=config.train.precision,
-        deferred_checks=device.type == "cuda" if deferred_checks is None else deferred_checks,
-    )
+    backend = make_backend(config, parts, launched, deferred_checks=deferred_checks)
+    ranks = launched.ranks
     weights = config.generation.weights
     settings: dict[str, Any] = {
         "seed": config.seed,
@@ -203,5 +207,8 @@ def build_step(
         "classification_weight": weights.classification,
         "similarity_weight": weights.similarity,
         "diversity_weight": weights.diversity * weights.diversity_scale,
+        "micro_batch": config.accumulation.micro_batch,
+        "microbatch_statistics": config.accumulation.microbatch_statistics,
     }
-    return TrainingStep(backend, StepSettings(**settings)), backend
+    class_counts = rank_sizes(config.batch.num_classes, ranks.size)
+    return TrainingStep(backend, StepSettings(**settings), ranks=ranks, class_counts=class_counts), backend

@@ -19,7 +19,7 @@ class Forecast:
         load_seconds_per_step: Waiting for the next batch, in the steady state.
         steps_per_epoch: Iterations of an epoch.
         epochs: Of the whole run.
-        peak_memory_bytes: Peak so far: resident memory on the CPU, allocated memory on CUDA.
+        peak_memory_bytes: Peak of one rank so far: resident memory on the CPU, allocated memory on CUDA.
         losses: Of the last measured step.
     """
 
@@ -50,6 +50,8 @@ class Forecast:
 def forecast(trainer: Trainer, steps: int = 3) -> Forecast:
     """Load some batches, run a few real steps, and predict time and memory; writes nothing.
 
+    With several ranks all of them call it; times and memory are those of the slowest and the largest.
+
     Loading and computing are timed apart, since worker processes load while a step computes: what an epoch waits for
     is the slower of the two, in its steady state and not in the first batches that were loaded ahead.
 
@@ -71,13 +73,15 @@ def forecast(trainer: Trainer, steps: int = 3) -> Forecast:
         values = trainer.run_step(moved.images, moved.labels, moved.rows)
         report = {name: float(value) for name, value in values.items()}
         seconds.append(time.perf_counter() - started)
-    step_seconds = statistics.median(seconds[1:] or seconds)
+    step_seconds, load_seconds, peak = trainer.ranks.host_max(
+        [statistics.median(seconds[1:] or seconds), load_seconds, peak_memory_bytes(trainer.device)]
+    )
     return Forecast(
         seconds_per_step=step_seconds,
         load_seconds_per_step=max(0.0, load_seconds - step_seconds) if workers else load_seconds,
         steps_per_epoch=len(epoch) if limit is None else min(limit, len(epoch)),
         epochs=trainer.config.train.epochs,
-        peak_memory_bytes=peak_memory_bytes(trainer.device),
+        peak_memory_bytes=int(peak),
         losses=report,
     )
 

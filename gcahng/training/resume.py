@@ -26,6 +26,7 @@ FREE = frozenset(
         "data.dir",
         "data.num_workers",
         "data.remote",
+        "distributed.shard_classes",
         "distributed.timeout_seconds",
         "train.device",
         "train.epochs",
@@ -84,6 +85,11 @@ def check_resumable(
         )
 
 
+def setting_of(tree: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key in a resolved configuration."""
+    return functools.reduce(lambda section, name: section[name], key.split("."), tree)
+
+
 def _changed_settings(saved: Config, now: Config, parts: Iterable[str]) -> list[str]:
     """Every setting that differs and matters, with both values."""
     # As YAML holds them: a tuple made in Python comes back from the file as a list.
@@ -92,7 +98,7 @@ def _changed_settings(saved: Config, now: Config, parts: Iterable[str]) -> list[
     cosine = any(getattr(now.optim, name).schedule.name == "cosine" for name in sections)
     changed = []
     for key, _, _ in walk_settings():
-        old, new = (functools.reduce(lambda tree, name: tree[name], key.split("."), tree) for tree in (before, after))
+        old, new = (setting_of(tree, key) for tree in (before, after))
         if old == new:
             continue
         if key == "train.epochs" and cosine:

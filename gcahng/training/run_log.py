@@ -1,4 +1,9 @@
-"""What a run tells: `metrics.jsonl` (one object per logged step and evaluation) and TensorBoard."""
+"""What a run tells: `metrics.jsonl` (one object per logged step and evaluation) and TensorBoard. Rank 0 writes.
+
+A value is one of all ranks together unless its name ends in `_local`, which is rank 0's alone. Losses are of the global
+batch, evaluations of all images, counts (`skipped_images`, `repaired_draws`) are sums over ranks, and times
+(`step_seconds`, `data_seconds`) are the slowest rank's.
+"""
 
 import json
 import math
@@ -58,6 +63,24 @@ class RunLog:
     ) -> None:
         self._file.close()
         self._board.close()
+
+
+class NoLog:
+    """What a rank that is not the first has in place of a `RunLog`."""
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Rank 0 writes."""
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Nothing is open."""
 
 
 def _await_next_second(folder: Path) -> None:

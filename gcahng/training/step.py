@@ -24,13 +24,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from gcahng.distributed import ONE, Ranks
 from gcahng.distributed.batch_exchange import BatchExchange
 from gcahng.errors import InputError
-from gcahng.generation import ConstantClassifier, LossFactors, Synthesis, synthetic_loss
+from gcahng.generation import LossFactors, Synthesis, synthetic_loss
 from gcahng.generation.interpolation import SMALLEST_MEAN_LOSS, Interpolation
 from gcahng.graph import PairPlan, UnitCoefficients
 from gcahng.graph.edge_layout import edge_layout
@@ -38,10 +37,12 @@ from gcahng.graph.neighbours import neighbour_plan
 from gcahng.graph.pairs import class_major_plan
 from gcahng.layout import BatchLayout
 from gcahng.random import mixing_weights, stream_key
+from gcahng.training.accumulation import cached_embeddings, check_accumulation
 from gcahng.training.averages import EpochAverages
 from gcahng.training.backend import Backend
 from gcahng.training.finite_checks import finite_rows
 from gcahng.training.graph_passes import Judge, generation, node_and_synthetic
+from gcahng.training.sharded_parts import class_loss, constant_classifier
 
 METRIC, CLASSIFIER, GENERATION = "metric", "classifier", "generation"
 
@@ -61,6 +62,8 @@ class StepSettings:
         normalised_distance: The paper's reading of d+ and d-.
         classifier_weight: Factor of the classifier's own cross-entropy.
         classification_weight, similarity_weight, diversity_weight: Factors of J_cls, J_sim and J_div in J_gen.
+        micro_batch: Images that the backbone sees at once (`gcahng.training.accumulation`); None: all of a rank.
+        microbatch_statistics: Whether its BatchNorms may take their statistics from those.
     """
 
     seed: int
@@ -75,6 +78,8 @@ class StepSettings:
     classification_weight: float = 20.0
     similarity_weight: float = 20.0
     diversity_weight: float = 0.6
+    micro_batch: int | None = None
+    microbatch_statistics: bool = False
 
 
 class TrainingStep:
@@ -90,19 +95,24 @@ class TrainingStep:
     ) -> None:
         """
         Args:
-            backend: Holds "metric_model" and "metric_loss", and "graph" and "classifier" where they take part.
+            backend: Holds "metric_model" and "metric_loss", and "graph" and "classifier" where they take part; also
+                "node_classifier" where the graph has none of its own.
             settings: Constants.
             ranks: All processes of the run.
             class_counts: (W,) classes of a batch that each rank holds (`gcahng.data.ranks.rank_sizes`); one rank alone
                 takes any.
         Raises:
             InputError: Several ranks without one number of classes each.
+            ConfigError: The metric model cannot be run in micro-batches.
         """
         if ranks.size > 1 and (class_counts is None or len(class_counts) != ranks.size):
             raise InputError(
                 f"`class_counts` must say how many classes of a batch each of the {ranks.size} ranks holds: got "
                 f"{class_counts}. Pass the loader's `rank_sizes`."
             )
+        if settings.micro_batch is not None:
+            metric_model = backend.module("metric_model")
+            check_accumulation(metric_model, settings.micro_batch, settings.microbatch_statistics)
         self.backend = backend
         self.settings = settings
         self.ranks = ranks
@@ -141,7 +151,7 @@ class TrainingStep:
         rule = Interpolation(self.settings.alpha, averages.metric_loss, self.settings.normalised_distance)
 
         # Phase 1
-        own = self.backend.forward("metric_model", images).to(_loss_dtype(images))
+        own = self._embed(images).to(_loss_dtype(images))
         labels = exchange.labels()
         require_group_major(labels, self.settings.num_samples)
         labels = labels.to(images.device, non_blocking=True)
@@ -158,6 +168,13 @@ class TrainingStep:
         averages.add(report["metric_loss"], report.get("generation_loss"))
         checks.end()
         return report
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """(K * P_r, D) embeddings of this rank's images."""
+        micro_batch, own_statistics = self.settings.micro_batch, self.settings.microbatch_statistics
+        if micro_batch is None:
+            return cast(Tensor, self.backend.forward("metric_model", images))
+        return cast(Tensor, self.backend.run("metric_model", cached_embeddings, images, micro_batch, own_statistics))
 
     def _metric_pass(
         self,
@@ -182,6 +199,9 @@ class TrainingStep:
                 self.graph_generates,
                 self._graph_call(plan, step, METRIC),
             )
+        if "node_features" in report:  # the node classifier is a part of its own
+            features = report.pop("node_features")
+            report["node_loss"] = self.backend.run("node_classifier", class_loss, features, labels)
         if synthesis is not None and not self.graph_generates:
             report["synthetic_loss"] = synthetic_loss(z, _unit_coefficients(plan), synthesis, reduce=self.ranks.sum)
         total = metric_loss
@@ -195,12 +215,12 @@ class TrainingStep:
                 "pull_factor": z.new_full((), rule.factor),
             }
         report["total_loss"] = total
-        self._move(total, ("metric_model", "metric_loss", "graph"), METRIC)
+        names = ("metric_model", "metric_loss", "graph", "node_classifier")
+        self._move(total, tuple(name for name in names if self.backend.has(name)), METRIC)
         return {name: value.detach() for name, value in report.items()}
 
     def _classifier_pass(self, z: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.backend.forward("classifier", z).to(z.dtype)
-        loss = self.settings.classifier_weight * F.cross_entropy(logits, labels)
+        loss = self.settings.classifier_weight * self.backend.run("classifier", class_loss, z, labels)
         self._move(loss, ("classifier",), CLASSIFIER)
         return {"classifier_loss": loss.detach()}
 
@@ -215,7 +235,7 @@ class TrainingStep:
     ) -> dict[str, Tensor]:
         judge = Judge(
             self._synthesis(z, rule, step, GENERATION, mixing),
-            self._constant_classifier(),
+            lambda: constant_classifier(self.backend.module("classifier"), self.backend.matmul_dtype),
             labels[: labels.numel() // self.settings.num_samples],
             LossFactors(
                 self.settings.classification_weight, self.settings.similarity_weight, self.settings.diversity_weight
@@ -282,11 +302,6 @@ class TrainingStep:
         else:
             weights = mixing[phase]
         return Synthesis(num_samples, rule, weights)
-
-    def _constant_classifier(self) -> ConstantClassifier:
-        """The classifier with its weights as constants: the generation pass does not move it."""
-        layer = cast(nn.Linear, self.backend.module("classifier"))
-        return ConstantClassifier(layer.weight, layer.bias, self.backend.matmul_dtype)
 
     def _move(self, loss: Tensor, names: tuple[str, ...], reach: str) -> None:
         self.backend.checks.loss(loss, reach)

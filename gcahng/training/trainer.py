@@ -2,17 +2,18 @@
 
 A run folder holds `config.yaml` (resolved), `metrics.jsonl`, `tensorboard/`, `step-N/` checkpoints with the links
 `last`, `best` (by validation) and `best_test`, and `results.json` at the end.
+
+With several ranks each runs this loop on its part of every batch; rank 0 writes, logs and shows bars. What all ranks
+say to each other outside of a step happens at places that the step number fixes (logged steps, ends of epochs).
 """
 
 import json
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gcahng.data.images.transforms import normalise
-from gcahng.errors import ConfigError, TrainingError
+from gcahng.distributed.agreement import agreed
+from gcahng.distributed.batch_norm import share_buffers
+from gcahng.distributed.failures import EACH_RANK
+from gcahng.errors import InputError, TrainingError
 from gcahng.random import stream_key
 from gcahng.training import checkpoint
 from gcahng.training.averages import EpochAverages
 from gcahng.training.config import Config, resolved_yaml
-from gcahng.training.data_setup import RunData, build_train_loader, open_data
 from gcahng.training.evaluate_checkpoint import embedding_settings
-from gcahng.training.evaluation import as_row, check_evaluation, evaluate, recall_at_1
+from gcahng.training.evaluation import as_row, evaluate, recall_at_1
 from gcahng.training.finite_checks import MOST_AHEAD, NonFiniteEmbedding
+from gcahng.training.launched import Launched
 from gcahng.training.memory import peak_memory_bytes
-from gcahng.training.parts import build_modules, build_parts, build_step, choose_device
-from gcahng.training.preflight import preflight
-from gcahng.training.resume import check_resumable, class_digest
-from gcahng.training.run_log import RunLog
+from gcahng.training.parts import build_parts, build_step
+from gcahng.training.run_log import NoLog, RunLog
+from gcahng.training.run_start import alone, start_run
+from gcahng.training.run_state import load_optimizers, load_schedules, read_optimizers, schedule_states, whole_states
+from gcahng.training.sharded_parts import saved_with
 from gcahng.training.step_clock import StepClock
 
 log = logging.getLogger(__name__)
+each_rank = logging.getLogger(EACH_RANK)
 
 RESULTS_FILE = "results.json"
 SELECTION_NOTE = "chosen on the test classes, as the papers' numbers are"
@@ -50,7 +56,7 @@ class Progress:
     Attributes:
         epoch: Epochs finished.
         step: Iterations finished.
-        skipped: Unreadable images replaced so far.
+        skipped: Unreadable images replaced so far, on all ranks.
         repaired: Draws of the sampler so far that gave way to others, since their batch held them already.
         best: Best evaluation row by split: "validation" by MAP@R, "test" by R@1 and then MAP@R.
         scores: What the best rows were chosen by: [MAP@R], or [R@1, MAP@R].
@@ -69,33 +75,38 @@ class Progress:
 class Trainer:
     """Builds everything a configuration names and runs it."""
 
-    def __init__(self, config: Config, *, progress_bars: bool = True, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        launched: Launched | None = None,
+        progress_bars: bool = True,
+        overwrite: bool = False,
+    ) -> None:
         """
         Args:
             config: A checked configuration.
-            progress_bars: Show bars on stderr.
+            launched: How this process was started; by default it is alone. All ranks make a Trainer.
+            progress_bars: Show bars on stderr, on rank 0.
             overwrite: Replace a run that `run.dir` holds, when training starts.
         Raises:
-            InputError: Data, weights or settings cannot be used; nothing has been written.
+            InputError: Data, weights or settings cannot be used, or differ between ranks; nothing has been written.
         """
-        preflight(config, overwrite=overwrite)
+        launched = alone(config) if launched is None else launched
         self.config = config
-        self.bars = progress_bars
+        self.ranks = launched.ranks
+        self.bars = progress_bars and self.ranks.first
         self.overwrite = overwrite
         self.run_dir = Path(config.run.dir)
-        self.device = choose_device(config.train.device)
-        self.data: RunData = open_data(config)
-        check_evaluation(self.data.shards, config.eval)
-        self._resume_from = self._find_resume()
-        self._check_run_dir()
-        self.loader = build_train_loader(config, self.data, pin_memory=self.device.type == "cuda")
-        starts_anew = self._resume_from is None and config.train.init_from is None
-        modules = build_modules(config, self.data.table.num_classes, load_weights=starts_anew)
-        self._start_weights(modules)
-        self.parts = build_parts(config, modules, self.device)
-        self.step, self.backend = build_step(config, self.parts, self.device)
+        self.device = launched.device
+        start = start_run(config, launched, overwrite=overwrite)
+        self.data, self.loader, self._resume_from = start.data, start.loader, start.resume_from
+        self._data_identity = start.data_identity
+        self.parts = build_parts(config, start.modules, self.device)
+        self.step, self.backend = build_step(config, self.parts, launched)
         self.averages = EpochAverages()
         self.progress = Progress()
+        self._uncounted = [0, 0]  # skipped and repaired on this rank since the ranks' numbers were added up
         self._clock = StepClock()
         # (step, rows of its batch) of the steps that a late finding may be about.
         self._recent: deque[tuple[int, Tensor]] = deque(maxlen=MOST_AHEAD + 1)
@@ -104,12 +115,8 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train to the last epoch and return what `results.json` holds."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        if self.overwrite:
-            checkpoint.clear_run(self.run_dir)
-        (self.run_dir / checkpoint.CONFIG).write_text(resolved_yaml(self.config), encoding="utf-8")
         resumed = self.progress.step if self._resume_from is not None else None
-        with RunLog(self.run_dir, from_step=resumed) as run_log:
+        with agreed(self.ranks, lambda: self._open_folder(resumed)) as run_log:
             if resumed is not None and self._evaluation_is_due():  # the run ended in it
                 self._evaluate_and_save(run_log)
             for epoch in range(self.progress.epoch, self.config.train.epochs):
@@ -121,7 +128,22 @@ class Trainer:
                 self._evaluate_and_save(run_log)
         return self._finish()
 
-    def _train_epoch(self, epoch: int, run_log: RunLog) -> None:
+    def close(self) -> None:
+        """Training has ended on every rank: let go of loaders and engines."""
+        self.loader.close()
+        self.backend.close()
+
+    def _open_folder(self, resumed: int | None) -> RunLog | NoLog:
+        """Prepare the run folder; its log goes on at step `resumed`, or starts anew."""
+        if not self.ranks.first:
+            return NoLog()
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if self.overwrite:
+            checkpoint.clear_run(self.run_dir)
+        (self.run_dir / checkpoint.CONFIG).write_text(resolved_yaml(self.config), encoding="utf-8")
+        return RunLog(self.run_dir, from_step=resumed)
+
+    def _train_epoch(self, epoch: int, run_log: RunLog | NoLog) -> None:
         self.parts.metric_model.set_warm_up(epoch < self.config.train.warm_up_epochs)
         batches = self.loader.epoch_iterator(epoch)
         limit = self.config.train.max_steps_per_epoch
@@ -138,9 +160,9 @@ class Trainer:
             for number, batch in enumerate(batches, 1):
                 loaded = time.perf_counter()
                 for problem in batch.problems:
-                    log.warning("Skipped: %s", problem)
-                self.progress.skipped += batch.skipped
-                self.progress.repaired += batch.repaired
+                    each_rank.warning("Skipped: %s", problem)
+                self._uncounted[0] += batch.skipped
+                self._uncounted[1] += batch.repaired
                 # Labels and rows are looked at on the CPU; the step sends the labels on.
                 images = batch.images.to(self.device, non_blocking=True)
                 report = self.run_step(images, batch.labels, batch.rows)
@@ -164,14 +186,14 @@ class Trainer:
         """One step on a batch.
 
         Args:
-            images: (B, 3, H, W) uint8 on the run's device.
-            labels, rows: (B,) int64, best left on the CPU.
+            images: (K * P_r, 3, H, W) uint8 on the run's device: this rank's part.
+            labels, rows: (K * P_r,) int64, best left on the CPU.
         """
         self._recent.append((self.progress.step, rows))
         inputs = normalise(images, self.data.transform)
         # Dropout or stochastic depth inside a backbone draws from torch's generators: make them, too, a function of
-        # the step, so that a resumed run draws what the undisturbed one would have.
-        torch.manual_seed(stream_key(self.config.seed, "model", self.progress.step) >> 1)
+        # the step, so that a resumed run draws what the undisturbed one would have; each rank for its own images.
+        torch.manual_seed(stream_key(self.config.seed, "model", self.progress.step, self.ranks.rank) >> 1)
         with self._samples_named():
             return self.step(inputs, labels, self.averages, step=self.progress.step)
 
@@ -185,7 +207,10 @@ class Trainer:
         try:
             yield
         except NonFiniteEmbedding as error:
-            rows = next(rows for step, rows in self._recent if step == error.step)
+            own = next(rows for step, rows in self._recent if step == error.step)
+            # Met on all ranks, in the same step: the positions are those of the global batch.
+            parts = self.ranks.all_of(own.reshape(self.config.batch.num_samples, -1).cpu())
+            rows = torch.cat(parts, 1).flatten()
             keys = [self.data.shards.key(int(rows[p])) for p in error.positions[:5]]
             raise TrainingError(f"{error} Samples: {', '.join(keys)}.") from error
 
@@ -195,24 +220,35 @@ class Trainer:
         numbers = torch.stack([value.double() for value in report.values()]).tolist()
         return dict(zip(report, numbers, strict=True))
 
-    def _log_step(self, report: Mapping[str, float], epoch: int, run_log: RunLog) -> None:
+    def _count(self) -> None:
+        """Add up what the ranks counted since the last time."""
+        skipped, repaired = self.ranks.host_sum(self._uncounted)
+        self.progress.skipped += int(skipped)
+        self.progress.repaired += int(repaired)
+        self._uncounted = [0, 0]
+
+    def _log_step(self, report: Mapping[str, float], epoch: int, run_log: RunLog | NoLog) -> None:
         values: dict[str, Any] = dict(report)
+        self._count()
         values["skipped_images"] = self.progress.skipped
         values["repaired_draws"] = self.progress.repaired
         for name, optimizer in self.parts.optimizers.items():
-            values[f"lr_{name}"] = float(optimizer.param_groups[0]["lr"])
-        values["step_seconds"], values["data_seconds"] = self._clock.recent(self.config.train.log_every)
+            values[f"lr_{saved_with(name)}"] = float(optimizer.param_groups[0]["lr"])
+        seconds = self.ranks.host_max(self._clock.recent(self.config.train.log_every))
+        values["step_seconds"], values["data_seconds"] = seconds
         run_log.write("step", self.progress.step, {"epoch": epoch} | values)
 
-    def _evaluate_and_save(self, run_log: RunLog) -> None:
+    def _evaluate_and_save(self, run_log: RunLog | NoLog) -> None:
         """Evaluate the finished epoch if it is time, and save it, whatever becomes of the evaluation."""
         if self._evaluation_is_due():
             try:
                 self._evaluate(run_log)
-            except BaseException:
+            except BaseException as error:
                 # The epoch is not lost to an unreadable test image or Ctrl-C: a resume evaluates it first. Older
-                # checkpoints stay too, since this one may hold a model that diverged.
-                self._save(keep_all=True)
+                # checkpoints stay too, since this one may hold a model that diverged. Saving takes all ranks: of
+                # several, only what all of them met leaves them able to.
+                if self.ranks.size == 1 or isinstance(error, InputError | TrainingError):
+                    self._save(keep_all=True)
                 raise
         self._save()
 
@@ -221,15 +257,19 @@ class Trainer:
         done = self.progress.last.get("test", {}).get("epoch") == epoch
         return not done and (epoch % self.config.eval.every_epochs == 0 or epoch == self.config.train.epochs)
 
-    def _evaluate(self, run_log: RunLog) -> None:
+    def _evaluate(self, run_log: RunLog | NoLog) -> None:
         """Evaluate all splits, then log them and note what is best so far."""
-        settings = embedding_settings(self.config, progress_bars=self.bars)
+        settings = embedding_settings(self.config, device=self.device, progress_bars=self.bars)
+        self._share_buffers()
         splits: dict[str, Any] = {"test": None}
         if self.data.validation_rows.size:
             splits["validation"] = self.data.validation_rows
         model, shards = self.parts.metric_model, self.data.shards
         # No row before all are there: a failure in between must leave nothing that a resume would log again.
-        results = {s: evaluate(model, shards, self.config.eval, settings, rows=rows) for s, rows in splits.items()}
+        results = {
+            split: evaluate(model, shards, self.config.eval, settings, rows=rows, ranks=self.ranks)
+            for split, rows in splits.items()
+        }
         for split, result in results.items():
             row: dict[str, Any] = {"epoch": self.progress.epoch, "split": split} | as_row(result)
             run_log.write("evaluation", self.progress.step, row)
@@ -241,13 +281,35 @@ class Trainer:
                 self.progress.scores[split] = score
                 self.progress.best[split] = row | {"step": self.progress.step}
 
+    def _share_buffers(self) -> None:
+        """Rank 0's running statistics for all, where each rank has gathered its own."""
+        if self.config.distributed.batch_norm == "local":
+            share_buffers(self.parts.metric_model, self.ranks)
+
     def _save(self, *, keep_all: bool = False) -> None:
+        """Collect the state from all ranks; rank 0 writes, and all know whether it could."""
         self._finish_checks()
+        self._count()
+        self._share_buffers()
+        modules, optimizers = whole_states(self.parts, self.backend)
+
+        def write() -> None:
+            if self.ranks.first:
+                self._write(modules, optimizers, keep_all)
+
+        agreed(self.ranks, write)
+
+    def _write(
+        self,
+        modules: Mapping[str, Mapping[str, Tensor]],
+        optimizers: Mapping[str, Mapping[str, Any]],
+        keep_all: bool,
+    ) -> None:
         folder = checkpoint.save_checkpoint(
             self.run_dir,
             self.progress.step,
-            modules=self.parts.modules,
-            optimizers=self.parts.optimizers,
+            modules=modules,
+            optimizers=optimizers,
             state=self._state(),
             config_yaml=resolved_yaml(self.config),
         )
@@ -265,72 +327,25 @@ class Trainer:
         return {
             "progress": vars(self.progress),
             "averages": self.averages.state_dict(),
-            "schedules": {name: s.state_dict() for name, s in self.parts.schedules.items()},
+            "schedules": schedule_states(self.parts),
             "backend": self.backend.state_dict(),
             "data": self._data_identity,
         }
 
-    @cached_property
-    def _data_identity(self) -> dict[str, Any]:
-        return {
-            "manifest": self.data.shards.manifest.digest(),
-            "classes": class_digest(self.data),
-            "num_classes": self.data.table.num_classes,
-        }
-
     def _load(self, folder: Path) -> None:
+        """Go on from a checkpoint whose weights the parts have already."""
         state = checkpoint.read_state(folder)
-        check_resumable(folder, state["data"], self._data_identity, self.config, self.parts.optimizers)
-        for name, module in self.parts.modules.items():
-            checkpoint.load_module(module, folder, name)
-        for name, optimizer in self.parts.optimizers.items():
-            checkpoint.load_optimizer(optimizer, folder, name)
-        for name, schedule in self.parts.schedules.items():
-            schedule.load_state_dict(state["schedules"][name])
+        load_optimizers(agreed(self.ranks, lambda: read_optimizers(folder, self.parts)), self.parts, self.backend)
+        load_schedules(state["schedules"], self.parts)
         self.averages.load_state_dict(state["averages"])
         self.backend.load_state_dict(state["backend"])
         self.progress = Progress(**state["progress"])
         log.info("Resumed from %s: epoch %d, step %d.", folder, self.progress.epoch, self.progress.step)
 
-    def _find_resume(self) -> Path | None:
-        setting = self.config.train.resume
-        if setting == "never" or self.overwrite:
-            return None
-        folder = (
-            checkpoint.newest_checkpoint(self.run_dir)
-            if setting == "auto"
-            else checkpoint.find_checkpoint(Path(setting))
-        )
-        if folder is None:
-            return None
-        checkpoint.verify(folder)
-        return folder.resolve()
-
-    def _check_run_dir(self) -> None:
-        newest = checkpoint.newest_checkpoint(self.run_dir)
-        if newest is not None and not self.overwrite and newest.resolve() != self._resume_from:
-            raise ConfigError(
-                f"`run.dir` {self.run_dir} already holds a run, the newest checkpoint being {newest.name}. "
-                "Continue it with train.resume=auto, replace it with --overwrite, or choose another run.dir."
-            )
-        existing = next(path for path in (self.run_dir, *self.run_dir.absolute().parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"`run.dir` {self.run_dir} cannot be written: expected a folder that may be written to, got "
-                f"{existing}. Choose another run.dir."
-            )
-
-    def _start_weights(self, modules: Mapping[str, torch.nn.Module]) -> None:
-        if self.config.train.init_from is None or self._resume_from is not None:
-            return
-        folder = checkpoint.find_checkpoint(Path(self.config.train.init_from))
-        checkpoint.verify(folder)
-        same_classes = checkpoint.read_state(folder)["data"]["classes"] == self._data_identity["classes"]
-        fresh = checkpoint.start_from(modules, folder, same_classes=same_classes)
-        log.info("Started from %s; fresh: %s.", folder, ", ".join(fresh) or "none")
-
     def _finish(self) -> dict[str, Any]:
         path = self.run_dir / RESULTS_FILE
+        seconds = self.ranks.host_max([self._clock.steady() or 0.0])[0] if self._clock else None
+        peak_memory = int(self.ranks.host_max([peak_memory_bytes(self.device)])[0])
         if not self._clock and path.is_file():  # resumed after its end: keep what was measured then
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if found["steps"] == self.progress.step:
@@ -343,9 +358,11 @@ class Trainer:
             "steps": self.progress.step,
             "skipped_images": self.progress.skipped,
             "repaired_draws": self.progress.repaired,
-            "seconds_per_step": self._clock.steady(),
-            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "seconds_per_step": seconds,
+            "peak_memory_bytes": peak_memory,
         }
+        if not self.ranks.first:
+            return results
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         partial.replace(path)

@@ -1,12 +1,15 @@
 """Block pairs: every pair once, padding left out of sums, shares of processes."""
 
+import copy
 import itertools
 
 import pytest
 import torch
-from maths_cases import SIZES, Size
+from maths_cases import OWN_PATHS, SIZES, Size, batch_of, graph_of
+from share_threads import Group
 
-from gcahng.graph import PairPlan, block_classes, pair_plan
+from gcahng.graph import PairPlan, block_classes, identity, pair_plan
+from gcahng.graph.network import Reducer
 from gcahng.graph.pairs import add_ends, class_major_plan, ends
 
 BATCH = 13
@@ -109,6 +112,52 @@ def test_block_size_wastes_few_edges() -> None:
         batch = classes * samples
         assert computed <= 1.16 * batch * (batch + 1) / 2
         assert plan.block_size == block_classes(classes, samples) * samples
+
+
+SOME_BATCHES = ((24, 2), (27, 3), (40, 2), (64, 4), (100, 2), (320, 2))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize(("classes", "samples"), SOME_BATCHES)
+def test_blocks_can_be_dealt_out_evenly(classes: int, samples: int, ranks: int, device: str) -> None:
+    def rows(of_block: int) -> list[int]:
+        order = torch.arange(classes * samples)
+        plans = [pair_plan(order, of_block * samples, share=(rank, ranks)) for rank in range(ranks)]
+        together = [pair for plan in plans for pair in block_pairs(plan) if plan.num_rows]
+        assert sorted(together) == list(itertools.combinations_with_replacement(range(plans[0].num_blocks), 2))
+        return [plan.num_rows for plan in plans]
+
+    found = rows(block_classes(classes, samples, device, ranks))
+    assert max(found) <= 1.05 * sum(found) / ranks
+    # No rank has noticeably more to do than with the blocks of one process, or far more than the pairs that are needed.
+    assert max(found) <= 1.01 * max(rows(block_classes(classes, samples, device)))
+    assert max(found) <= 1.22 * classes * samples * (classes * samples + 1) / 2 / ranks
+
+
+def test_blocks_of_one_process_stay_and_large_ones_give_way() -> None:
+    # 15 pairs of blocks of 16 would be 4 for one of 4 processes: 1024 rows of 3240 that are needed.
+    assert [block_classes(40, 2, "cuda", ranks) * 2 for ranks in (1, 4, 8)] == [16, 8, 8]
+    assert [block_classes(320, 2, "cuda", ranks) * 2 for ranks in (1, 4, 8)] == [16, 16, 16]
+    assert block_classes(5, 30, "cuda", 4) == 1
+    assert [block_classes(24, 2, "cpu", ranks) * 2 for ranks in (1, 4)] == [4, 2]
+
+
+def test_processes_choose_the_same_blocks_and_find_the_same_nodes() -> None:
+    size, ranks = Size(24, 2, 8, 2, 2, training_classes=30), 4
+    z, labels = batch_of(size)
+    graph = graph_of(size, dropout=0.3)
+
+    def nodes(share: tuple[int, int], reduce: Reducer) -> torch.Tensor:
+        plan = class_major_plan(size.num_classes, size.num_samples, share=share)
+        assert plan.block_size == (4 if share[1] == 1 else 2)
+        with torch.no_grad():
+            return copy.deepcopy(graph)(z, labels, dropout_key=3, plan=plan, reduce=reduce).node_logits
+
+    group = Group(ranks)
+    want = nodes((0, 1), identity)
+    for found in group.run(lambda rank: nodes((rank, ranks), group.reducer(rank))):
+        assert float((found - want).abs().max()) <= OWN_PATHS * float(want.abs().max())
 
 
 def test_a_plan_is_made_once_and_serves_every_mode() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from run_cases import assert_same_tensors, make_trainer, read_metrics, saved_tensors
+from run_cases import ALONE, assert_same_tensors, make_trainer, read_metrics, saved_tensors
 
 from gcahng.errors import TrainingError
 from gcahng.training import finite_checks
@@ -18,7 +18,7 @@ def trainer_with(shards, run_dir, settings, *, deferred: bool) -> Trainer:
     """A trainer whose optimisers are fused, as on CUDA."""
     trainer = make_trainer(shards, run_dir, settings)
     trainer.parts = build_parts(trainer.config, trainer.parts.modules, CPU, fused=True)
-    trainer.step, trainer.backend = build_step(trainer.config, trainer.parts, CPU, deferred_checks=deferred)
+    trainer.step, trainer.backend = build_step(trainer.config, trainer.parts, ALONE, deferred_checks=deferred)
     return trainer
 
 

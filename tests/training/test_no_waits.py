@@ -6,7 +6,7 @@ import pytest
 import torch
 from host_waits import noted
 from maths_cases import Size
-from run_cases import make_trainer
+from run_cases import ALONE, make_trainer
 from step_cases import Case, averages_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,9 +68,8 @@ def test_a_loss_of_ones_own_is_asked_as_it_is() -> None:
 
 def test_nothing_of_a_run_but_its_log_waits(shards, tmp_path) -> None:
     trainer = make_trainer(shards, tmp_path / "run", {"train.log_every": 100})
-    cpu = torch.device("cpu")
-    trainer.parts = build_parts(trainer.config, trainer.parts.modules, cpu, fused=True)
-    trainer.step, trainer.backend = build_step(trainer.config, trainer.parts, cpu, deferred_checks=True)
+    trainer.parts = build_parts(trainer.config, trainer.parts.modules, ALONE.device, fused=True)
+    trainer.step, trainer.backend = build_step(trainer.config, trainer.parts, ALONE, deferred_checks=True)
     batches = list(trainer.loader.epoch_iterator(0))[:3]
     trainer.run_step(batches[0].images, batches[0].labels, batches[0].rows)
     with noted() as waits:

@@ -9,8 +9,16 @@ from step_cases import Case, averages_of, run
 from torch import nn
 
 from gcahng.errors import ConfigError
+from gcahng.models import build_embedder
 from gcahng.training.config_schema import OptimizerConfig, ScheduleConfig
-from gcahng.training.optimizers import PassGate, build_optimizer, build_schedule, clip_by_value, obeys_gate
+from gcahng.training.optimizers import (
+    PassGate,
+    build_optimizer,
+    build_schedule,
+    clip_by_value,
+    obeys_gate,
+    parameter_groups,
+)
 
 
 def module() -> nn.Linear:
@@ -134,6 +142,38 @@ def test_the_gate_keeps_other_groups_still(active: str) -> None:
     closed = ({"metric", "generation"} - {active}).pop()
     assert parts[closed].grad is None
     assert parts[closed] not in optimizer.state
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_warm_up_keeps_the_backbone_still_where_gradients_are_zeros(name: str, fused: bool) -> None:
+    # As a backend has them that fills in what is missing: decay and momentum would still move the backbone.
+    model = build_embedder("small_conv", backbone_args={"widths": (4, 8)}, embedding_dim=6)
+    momentum = 0.9 if name == "sgd" else 0.0
+    settings = OptimizerConfig(name=name, lr=0.1, weight_decay=0.1, momentum=momentum)
+    optimizer, gate = build_optimizer(model, settings, clip_value=1.0, fused=fused)
+    assert [group["reach"] for group in optimizer.param_groups] == ["after_warm_up", "both"]
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert all(mine is theirs for mine, theirs in zip(held, model.parameters(), strict=True))
+    gate.active = "metric"
+    backbone = {name: p for name, p in model.named_parameters() if name.startswith("backbone.")}
+    for warm_up in (True, True, False):
+        model.set_warm_up(warm_up)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        # What starts at zero stays there.
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        decays = {name for name, value in before.items() if bool(value.any())}
+        assert moved == {name for name in decays if not (warm_up and name in backbone)}
+        assert any(p in optimizer.state for p in backbone.values()) is not warm_up
+
+
+def test_a_backbone_without_parameters_has_no_group() -> None:
+    model = build_embedder("small_conv", backbone_args={"widths": (4, 8)}, embedding_dim=6)
+    model.backbone.network = nn.Identity()
+    assert [group["reach"] for group in parameter_groups(model)] == ["both"]
 
 
 def test_without_a_pass_the_gate_lets_only_shared_groups_through() -> None:

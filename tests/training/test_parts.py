@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import make_config
+from run_cases import ALONE, make_config
 from safetensors.torch import save_file
 from torch import nn
 
@@ -197,6 +197,8 @@ def test_factors_reach_the_step() -> None:
         generation__alpha=2.0,
         generation__beta=3.0,
         generation__normalised_distance=True,
+        accumulation__micro_batch=3,
+        accumulation__microbatch_statistics=True,
         generation__weights={
             "classifier": 4.0,
             "classification": 5.0,
@@ -206,7 +208,7 @@ def test_factors_reach_the_step() -> None:
         },
     )
     parts = parts_of(config)
-    settings = build_step(config, parts, CPU)[0].settings
+    settings = build_step(config, parts, ALONE)[0].settings
     assert vars(settings) == {
         "seed": 11,
         "num_samples": 3,
@@ -220,22 +222,24 @@ def test_factors_reach_the_step() -> None:
         "classification_weight": 5.0,
         "similarity_weight": 6.0,
         "diversity_weight": 3.5,
+        "micro_batch": 3,
+        "microbatch_statistics": True,
     }
     single = replace(config, generation=replace(config.generation, coefficients="single", enabled=False))
-    settings = build_step(single, parts, CPU)[0].settings
+    settings = build_step(single, parts, ALONE)[0].settings
     assert not settings.generate and not settings.channel_coefficients
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", None), ("bf16", torch.bfloat16)])
 def test_precision_reaches_the_backend(precision: str, dtype: torch.dtype | None) -> None:
     config = config_of(train__precision=precision)
-    assert build_step(config, parts_of(config), CPU)[1].matmul_dtype is dtype
+    assert build_step(config, parts_of(config), ALONE)[1].matmul_dtype is dtype
 
 
 def test_fp16_needs_cuda() -> None:
     config = config_of(train__precision="fp16", train__device="auto")
     with pytest.raises(ConfigError, match=r"`train.precision` fp16 needs CUDA: the device is cpu"):
-        build_step(config, parts_of(config), CPU)
+        build_step(config, parts_of(config), ALONE)
 
 
 def test_the_device_is_chosen() -> None:

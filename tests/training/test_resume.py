@@ -243,6 +243,8 @@ def test_settings_that_move_no_weight_may_change(pattern_folder, shards, short_r
         "train.keep_last": 4,
         "train.device": "auto",
         "data.num_workers": 1,
+        "distributed.timeout_seconds": 60,
+        "distributed.shard_classes": True,
         "data.remote": "direct",
         "data.cache_dir": str(tmp_path / "cache"),
         "data.cache_bytes": 0,

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from maths_cases import Size, assert_close, generator
+from run_cases import ALONE
 from sparse_reference import MaskedLosses, kept_by_loops, masked_graph
 from step_cases import Case, averages_of, run
 from torch import Tensor
@@ -104,6 +105,5 @@ def test_the_setting_reaches_the_step() -> None:
         "model": {"backbone": "small_conv", "embedding_dim": 8, "pooling": "avg"},
     }
     config = config_from_mapping(tree)
-    device = torch.device("cpu")
-    step, _ = build_step(config, build_parts(config, build_modules(config, 30), device), device)
+    step, _ = build_step(config, build_parts(config, build_modules(config, 30), ALONE.device), ALONE)
     assert step.settings.neighbours == 12

@@ -1,0 +1,198 @@
+"""All that stands before the first step, on every rank: what it reads, whether it fits, and that all ranks agree."""
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from gcahng.data.loader import TrainLoader
+from gcahng.distributed import ONE, Ranks
+from gcahng.distributed.agreement import agreed, check_same
+from gcahng.distributed.batch_norm import use_statistics_of_all
+from gcahng.errors import ConfigError
+from gcahng.training import checkpoint
+from gcahng.training.config import Config, resolved_yaml
+from gcahng.training.config_load import walk_settings
+from gcahng.training.config_types import show
+from gcahng.training.data_setup import RunData, build_train_loader, open_data
+from gcahng.training.evaluation import check_evaluation
+from gcahng.training.launched import Launched
+from gcahng.training.parts import build_modules, choose_device
+from gcahng.training.preflight import preflight
+from gcahng.training.resume import check_resumable, class_digest, setting_of
+from gcahng.training.sharded_parts import shard_part
+
+log = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What a run begins with.
+
+    Attributes:
+        data: Shards and class tables.
+        data_identity: What a checkpoint says of the data.
+        loader: Training batches, this rank's part.
+        modules: Parts by name on the CPU, as this rank trains them, with the weights that the run begins with.
+        resume_from: Checkpoint to go on from.
+    """
+
+    data: RunData
+    data_identity: dict[str, Any]
+    loader: TrainLoader
+    modules: dict[str, nn.Module]
+    resume_from: Path | None
+
+
+def alone(config: Config) -> Launched:
+    """A run of this process by itself, whatever environment it has.
+
+    Raises:
+        ConfigError: CUDA is asked for and absent.
+    """
+    return Launched(ONE, choose_device(config.train.device), "plain")
+
+
+def start_run(config: Config, launched: Launched, *, overwrite: bool) -> RunStart:
+    """Read and check everything; nothing is written.
+
+    Args:
+        config: A checked configuration.
+        launched: All ranks call this.
+        overwrite: The run starts anew whatever `train.resume` says, and replaces the one in `run.dir`.
+    Raises:
+        InputError: Data, weights or settings cannot be used, here or on another rank; or the ranks have different
+            settings, data, code or initial weights.
+    """
+    ranks = launched.ranks
+    if ranks.size > 1:
+        check_same(ranks, _settings(config) | {"--overwrite": str(overwrite)} | _versions())
+    start = agreed(ranks, lambda: _read(config, launched, overwrite))
+    if ranks.size > 1:
+        check_same(ranks, _contents(start))
+        _spread(config, start.modules, ranks)
+    return start
+
+
+def _spread(config: Config, modules: dict[str, nn.Module], ranks: Ranks) -> None:
+    """Change the parts, which are alike on all ranks, into what several ranks train."""
+    if config.distributed.batch_norm == "global":
+        modules["metric_model"] = use_statistics_of_all(modules["metric_model"], ranks)
+    if config.distributed.shard_classes:
+        for name in list(modules):
+            modules.update(shard_part(name, modules.pop(name), ranks))
+
+
+def _read(config: Config, launched: Launched, overwrite: bool) -> RunStart:
+    preflight(config, overwrite=overwrite)
+    data = open_data(config)
+    check_evaluation(data.shards, config.eval)
+    run_dir = Path(config.run.dir)
+    resume_from = _find_resume(config, run_dir, overwrite)
+    _check_run_dir(run_dir, resume_from, overwrite)
+    loader = build_train_loader(config, data, ranks=launched.ranks, pin_memory=launched.device.type == "cuda")
+    starts_anew = resume_from is None and config.train.init_from is None
+    modules = build_modules(config, data.table.num_classes, load_weights=starts_anew)
+    identity = {
+        "manifest": data.shards.manifest.digest(),
+        "classes": class_digest(data),
+        "num_classes": data.table.num_classes,
+    }
+    if resume_from is not None:
+        trained = [name for name, module in modules.items() if any(True for _ in module.parameters())]
+        check_resumable(resume_from, checkpoint.read_state(resume_from)["data"], identity, config, trained)
+        for name, module in modules.items():
+            checkpoint.load_module(module, resume_from, name)
+    elif config.train.init_from is not None:
+        _start_weights(modules, Path(config.train.init_from), identity)
+    return RunStart(data, identity, loader, modules, resume_from)
+
+
+def _find_resume(config: Config, run_dir: Path, overwrite: bool) -> Path | None:
+    setting = config.train.resume
+    if setting == "never" or overwrite:
+        return None
+    folder = checkpoint.newest_checkpoint(run_dir) if setting == "auto" else checkpoint.find_checkpoint(Path(setting))
+    if folder is None:
+        return None
+    checkpoint.verify(folder)
+    return folder.resolve()
+
+
+def _check_run_dir(run_dir: Path, resume_from: Path | None, overwrite: bool) -> None:
+    newest = checkpoint.newest_checkpoint(run_dir)
+    if newest is not None and not overwrite and newest.resolve() != resume_from:
+        raise ConfigError(
+            f"`run.dir` {run_dir} already holds a run, the newest checkpoint being {newest.name}. "
+            "Continue it with train.resume=auto, replace it with --overwrite, or choose another run.dir."
+        )
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"`run.dir` {run_dir} cannot be written: expected a folder that may be written to, got "
+            f"{existing}. Choose another run.dir."
+        )
+
+
+def _start_weights(modules: Mapping[str, nn.Module], path: Path, data_identity: Mapping[str, Any]) -> None:
+    folder = checkpoint.find_checkpoint(path)
+    checkpoint.verify(folder)
+    same_classes = checkpoint.read_state(folder)["data"]["classes"] == data_identity["classes"]
+    fresh = checkpoint.start_from(modules, folder, same_classes=same_classes)
+    log.info("Started from %s; fresh: %s.", folder, ", ".join(fresh) or "none")
+
+
+def _settings(config: Config) -> dict[str, str]:
+    """Every setting as text."""
+    tree = yaml.safe_load(resolved_yaml(config))
+    return {f"`{key}`": show(setting_of(tree, key)) for key, _, _ in walk_settings()}
+
+
+def _versions() -> dict[str, str]:
+    try:
+        version = importlib.metadata.version("gcahng")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"
+    return {"gcahng": f"{version} ({source_digest()[:12]})", "torch": str(torch.__version__)}
+
+
+def source_digest() -> str:
+    """Checksum (hexadecimal sha256) of the package's source files, with their names."""
+    digest = hashlib.sha256()
+    for file in sorted(PACKAGE.rglob("*.py")):
+        digest.update(f"{file.relative_to(PACKAGE).as_posix()}\0{file.stat().st_size}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _contents(start: RunStart) -> dict[str, str]:
+    """What was read, as short checksums."""
+    resumed = None if start.resume_from is None else start.resume_from / checkpoint.MANIFEST
+    return {
+        "data (manifest)": start.data_identity["manifest"][:12],
+        "training classes": start.data_identity["classes"][:12],
+        "checkpoint to go on from": "none" if resumed is None else f"{resumed.parent.name} ({_of_file(resumed)})",
+    } | {f"weights of {name}": weight_digest(module)[:12] for name, module in start.modules.items()}
+
+
+def _of_file(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+
+def weight_digest(module: nn.Module) -> str:
+    """Checksum (hexadecimal sha256) of a part's parameters and buffers, with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

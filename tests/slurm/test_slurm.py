@@ -1,0 +1,131 @@
+"""The job scripts on a real SLURM of two nodes: conversion, training by DDP and DeepSpeed, evaluation, seeds."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import CannotStart, Cluster, running_cluster, why_not
+
+ROOT = Path(__file__).parents[2]
+JOB_LIMIT_S = 150.0
+# Everything that a newcomer's command says, and as much less as makes it a test.
+SHORTER = ("train.epochs=2", "train.log_every=1", "train.max_steps_per_epoch=8", "data.num_workers=0")
+CLASSES = 140
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(why_not() is not None, reason=why_not() or ""),
+    pytest.mark.filterwarnings("default"),
+]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A cluster, a folder for its jobs, and the shards that a job on it has made."""
+
+    cluster: Cluster
+    folder: Path
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    def run(self, *arguments: str, **variables: str) -> str:
+        """Submit a job, wait for its end, and return what it printed."""
+        out = self.folder / f"job-{len(list(self.folder.glob('job-*')))}.out"
+        environment = {
+            "GCAHNG_PYTHON": sys.executable,
+            "GCAHNG_HOME": str(ROOT),
+            "MASTER_ADDR": "127.0.0.1",
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+        }
+        job = self.cluster.submit([f"--output={out}", *arguments], environment | variables, cwd=ROOT)
+        state = self.cluster.wait(job, JOB_LIMIT_S)
+        logs = "".join(file.read_text() for file in sorted(self.folder.glob(f"*/slurm/{job}-*.log")))
+        assert state == "COMPLETED", f"job {job} {state}\n{out.read_text()}\n{logs}\n{self.cluster.logs()}"
+        return out.read_text()
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    # Not pytest's folder: sockets want short paths.
+    with tempfile.TemporaryDirectory(prefix="gs") as name:
+        folder = Path(name)
+        with ExitStack() as stack:
+            try:
+                cluster = stack.enter_context(running_cluster(folder / "c"))
+            except CannotStart as error:
+                pytest.skip(f"SLURM does not start here: {error}")
+            found = Site(cluster, folder)
+            found.run(
+                "slurm/convert.sh", "glyphs", "--out", str(found.data), "--classes", str(CLASSES), "--size", "32",
+                "--identical", "drop",
+            )  # fmt: skip
+            yield found
+
+
+@pytest.fixture(scope="module")
+def alone(site: Site) -> Path:
+    """The run of one process, without launcher and cluster."""
+    run_dir = site.folder / "alone"
+    subprocess.run(
+        [sys.executable, "launch/train.py", "--config", "configs/demo.yaml", "--quiet", *_settings(site, run_dir)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=JOB_LIMIT_S,
+        capture_output=True,
+    )
+    return run_dir
+
+
+@pytest.mark.parametrize("deepspeed", ["", "launch/deepspeed/zero1.json"], ids=["ddp", "zero1"])
+def test_two_nodes_train_as_one_process(site: Site, alone: Path, deepspeed: str) -> None:
+    run_dir = site.folder / ("zero1" if deepspeed else "ddp")
+    variables = {"GCAHNG_DEEPSPEED": deepspeed} if deepspeed else {}
+    site.run("--nodes=2", "slurm/train.sh", "configs/demo.yaml", *_settings(site, run_dir), **variables)
+
+    assert (run_dir / "last" / "manifest.json").is_file()
+    assert len(list((run_dir / "slurm").glob("*.log"))) == 2
+    want, got = _rows(alone), _rows(run_dir)
+    assert [row["samples"] for row in got["step"]] == [row["samples"] for row in want["step"]]
+    for ours, theirs in zip(got["step"][:5], want["step"][:5], strict=True):
+        for name in ("metric_loss", "node_loss", "synthetic_loss", "classifier_loss", "generation_loss", "total_loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (ours["step"], name)
+    assert got["evaluation"][-1]["map_at_r"] == pytest.approx(want["evaluation"][-1]["map_at_r"], abs=0.01)
+
+
+def test_an_array_trains_one_run_per_seed_and_evaluates_it(site: Site) -> None:
+    run_dir = site.folder / "seeds"
+    site.run(
+        "--array=3", "slurm/train.sh", "configs/demo.yaml", *_settings(site, run_dir), "train.max_steps_per_epoch=1"
+    )
+    assert "seed: 3\n" in (run_dir / "seed-3" / "config.yaml").read_text()
+    printed = site.run("slurm/eval.sh", "--run", str(run_dir / "seed-3"))
+    assert "MAP@R" in printed
+
+
+def test_a_missing_configuration_is_one_error(site: Site) -> None:
+    with pytest.raises(AssertionError, match="FAILED") as failure:
+        site.run("slurm/train.sh", "configs/absent.yaml")
+    assert "error: " in str(failure.value)
+    assert "absent.yaml" in str(failure.value)
+
+
+def _settings(site: Site, run_dir: Path) -> list[str]:
+    return [f"data.dir={site.data}", f"run.dir={run_dir}", *SHORTER]
+
+
+def _rows(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    kinds = {row["kind"] for row in rows}
+    return {kind: [row for row in rows if row["kind"] == kind] for kind in kinds}
