@@ -11,8 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcahng.graph.kernels.eager import EagerKernels, HiddenWeights, NormWeights, aten, column_sums, lowered, row_statistics
-
+from gcahng.graph.kernels.eager import (
+    EagerKernels,
+    HiddenWeights,
+    NormWeights,
+    aten,
+    column_sums,
+    lowered,
+    row_statistics,
+)
 
 # glibc's largest threshold for blocks with a mapping of their own is 32 MiB on 64 bits.
 LARGEST_MAPPED_BYTES = 31 << 20
@@ -22,9 +29,9 @@ LARGEST_MAPPED_BYTES = 31 << 20
 def keep_freed_memory() -> None:
     """Let the C library keep up to 64 MiB of freed memory for the next tensors; once per process.
 
-    glibc returns freed memory to the system beyond twice the largest mapped block (up to 32 MiB) that was ever freed, and
-    every chunk then pays the page faults again. Freeing one such block, which nobody writes and so takes no memory,
-    raises the bound. Other libraries do not mind.
+    glibc gives freed memory back to the system beyond twice the largest block (up to 32 MiB) that ever was freed after
+    it had a mapping of its own, and every chunk then pays the page faults again. Freeing one such block, which nobody
+    wrote to and so took no memory, raises the bound. Other libraries do not mind.
     """
     torch.empty(LARGEST_MAPPED_BYTES, dtype=torch.uint8, device="cpu")
 
