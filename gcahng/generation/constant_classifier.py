@@ -78,7 +78,7 @@ class ConstantClassifier:
         """(softmax - one-hot) weight, the softmax being odds / whole."""
         weight = self.weight
         mean = (odds.to(weight.dtype) @ weight).to(odds.dtype)
-        return mean.div_(whole).sub_(weight[labels])
+        return mean.div_(whole).sub_(weight.index_select(0, labels))
 
     def _slices(self, x: Tensor) -> Iterator[slice]:
         room = LOGIT_BYTES.get(x.device.type, LOGIT_BYTES_ELSEWHERE)

@@ -5,15 +5,14 @@ The coefficients are shifted by those of a logit of 0, so that sums over many ed
 Letters: B samples, D channels; n block pairs of b x b edges.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gcahng.generation.pair_synthesis import Pulls, chunk_coefficients
+from gcahng.generation.pair_synthesis import CoefficientRows, Pulls
 from gcahng.graph.coefficients import ConstantCoefficients, PairCoefficients
-from gcahng.graph.edge_layout import ChunkRows
 from gcahng.graph.pairs import PairChunk, PairPlan, add_ends, ends
 
 
@@ -35,21 +34,21 @@ class Spread:
     def of(
         cls,
         coefficients: PairCoefficients | ConstantCoefficients,
-        logits: Tensor,
+        rows: CoefficientRows,
         reduce: Callable[[Tensor], Tensor],
     ) -> "Spread":
         """Measure it in two sweeps.
 
         Args:
             coefficients: Of the batch.
-            logits: (rows, D) from `coefficients.logits()`.
+            rows: Where they are read from.
             reduce: Sum over processes.
         """
         plan = coefficients.plan
         shift = torch.sigmoid(coefficients.bias)
         sums = shift.new_zeros(plan.order.numel(), shift.shape[0])
-        for part, pulls in _chunks(coefficients, logits):
-            real = coefficients.layout.masks(part, shift.dtype)[0]
+        for part in rows.layout.parts:
+            pulls, real = rows.chunk(part), rows.layout.masks(part, shift.dtype)[0]
             first, second = ((x if x is None else _masked(x - shift, real)) for x in pulls)
             add_ends(
                 sums, part.chunk, None if first is None else first.sum(2), None if second is None else second.sum(1)
@@ -57,8 +56,8 @@ class Spread:
         degree = plan.batch_size if plan.degree is None else plan.degree.to(shift)[:, None]
         row_means = plan.positions(reduce(plan.samples(sums)) / degree) + shift
         total = shift.new_zeros(())
-        for part, pulls in _chunks(coefficients, logits):
-            real = coefficients.layout.masks(part, shift.dtype)[0]
+        for part in rows.layout.parts:
+            pulls, real = rows.chunk(part), rows.layout.masks(part, shift.dtype)[0]
             for means, pull in zip(_row_means(row_means, part.chunk), pulls, strict=True):
                 if pull is not None:
                     square = torch.linalg.vector_norm(pull - means, dim=-1).square_()
@@ -86,11 +85,6 @@ class Spread:
             into = grads[0] if grad is None else grad
             if pull is not None and into is not None:
                 into.addcmul_(pull, slope).sub_(means * slope)
-
-
-def _chunks(coefficients: PairCoefficients | ConstantCoefficients, logits: Tensor) -> Iterator[tuple[ChunkRows, Pulls]]:
-    for part in coefficients.layout.parts:
-        yield part, chunk_coefficients(coefficients, logits, part)
 
 
 def _masked(values: Tensor, real: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from gcahng.errors import InputError
 from gcahng.generation.constant_classifier import ConstantClassifier
 from gcahng.generation.diversity import Spread
-from gcahng.generation.pair_synthesis import ChunkedCoefficients, ChunkSynthesis, Pulls, Way, both, chunk_coefficients
+from gcahng.generation.pair_synthesis import ChunkedCoefficients, ChunkSynthesis, CoefficientRows, Pulls, Way, both
 from gcahng.generation.synthesis import PlacedBatch, Synthesis, check_coefficients, place
 from gcahng.graph import identity
 from gcahng.graph.coefficients import Coefficients, PairCoefficients, TableCoefficients, UnitCoefficients
@@ -191,13 +191,16 @@ class _WithGradient(torch.autograd.Function):
 def _measure(call: _Call, gradient: ReadOutGradient | None) -> GenerationLoss:
     """The losses; with `gradient`, its buffer is overwritten and the first sweep of it done."""
     batch, coefficients = call.batch, call.coefficients
-    spread = logits = None
+    spread = rows = None
     if not isinstance(coefficients, UnitCoefficients):
-        logits = coefficients.logits() if gradient is None else gradient.buffer
-        spread = Spread.of(coefficients, logits, call.reduce)
+        if gradient is not None and isinstance(coefficients, PairCoefficients):
+            rows = CoefficientRows.written_over(coefficients, gradient.buffer)
+        else:
+            rows = CoefficientRows.of(coefficients)
+        spread = Spread.of(coefficients, rows, call.reduce)
     sums = batch.z.new_zeros(2)
     for part in coefficients.layout.parts:
-        pulls = chunk_coefficients(coefficients, logits, part)
+        pulls = (None, None) if rows is None else rows.chunk(part)
         work = ChunkSynthesis(batch, part.chunk, pulls)
         grads = _add_chunk(call, work, sums, gradient is not None)
         if gradient is not None:
@@ -261,7 +264,7 @@ def _labels(call: _Call, work: ChunkSynthesis, way: Way) -> Tensor:
 
 
 def _write(call: _Call, gradient: ReadOutGradient, part: ChunkRows, pulls: Pulls, by_pulls: Pulls) -> None:
-    """Write the gradients of a chunk's logits over the logits."""
+    """Write the gradients of a chunk's logits over what they were."""
     layout = gradient.read_out.layout
     grads = []
     for pull, grad in zip(pulls, by_pulls, strict=True):

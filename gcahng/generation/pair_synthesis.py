@@ -20,7 +20,7 @@ from torch import Tensor
 from gcahng.generation.interpolation import DISTANCE_EPSILON
 from gcahng.generation.synthesis import PlacedBatch
 from gcahng.graph.coefficients import ConstantCoefficients, PairCoefficients, UnitCoefficients
-from gcahng.graph.edge_layout import ChunkRows
+from gcahng.graph.edge_layout import ChunkRows, EdgeLayout
 from gcahng.graph.pairs import PairChunk, ends
 
 # d- and d+ of the same two images are rounded differently. They count as equal within this many units in the last
@@ -33,21 +33,45 @@ ChunkedCoefficients = PairCoefficients | ConstantCoefficients | UnitCoefficients
 Pulls = tuple[Tensor | None, Tensor | None]
 
 
-def chunk_coefficients(coefficients: ChunkedCoefficients, logits: Tensor | None, part: ChunkRows) -> Pulls:
-    """The coefficients of one chunk.
+@dataclass(frozen=True)
+class CoefficientRows:
+    """What the coefficients of a batch are read from, chunk by chunk.
 
-    Args:
-        coefficients: Of the batch.
-        logits: (rows, D) from `coefficients.logits()`; None for unit coefficients.
-        part: The chunk.
+    Attributes:
+        layout: Rows of the buffer.
+        buffer: (rows, D) logits without bias, or lambda itself.
+        bias: (D,) that belongs to the logits; None where the buffer holds lambda.
     """
-    if logits is None or isinstance(coefficients, UnitCoefficients):
-        return None, None
-    forward, backward = coefficients.layout.directions(part, logits)
-    first = torch.add(forward, coefficients.bias).sigmoid_()
-    if backward is None:
-        return first, None
-    return first, first if backward is forward else torch.add(backward, coefficients.bias).sigmoid_()
+
+    layout: EdgeLayout
+    buffer: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, coefficients: PairCoefficients | ConstantCoefficients) -> "CoefficientRows":
+        """From the logits of a batch, which stay as they are."""
+        return cls(coefficients.layout, coefficients.logits(), coefficients.bias)
+
+    @classmethod
+    def written_over(cls, coefficients: PairCoefficients, logits: Tensor) -> "CoefficientRows":
+        """lambda over its own logits: who goes over the chunks several times computes it once.
+
+        Logits in a lower precision than the bias stay: lambda near 1 has no digits there.
+        """
+        bias = coefficients.bias
+        if logits.dtype != bias.dtype:
+            return cls(coefficients.layout, logits, bias)
+        return cls(coefficients.layout, logits.add_(bias).sigmoid_(), None)
+
+    def chunk(self, part: ChunkRows) -> Pulls:
+        """The coefficients of one chunk; maybe views of the buffer."""
+        forward, backward = self.layout.directions(part, self.buffer)
+        if self.bias is None:
+            return forward, backward
+        first = torch.add(forward, self.bias).sigmoid_()
+        if backward is None:
+            return first, None
+        return first, first if backward is forward else torch.add(backward, self.bias).sigmoid_()
 
 
 @dataclass(frozen=True)
@@ -104,7 +128,7 @@ class ChunkSynthesis:
         Args:
             batch: The batch by block position.
             chunk: The block pairs.
-            pulls: From `chunk_coefficients`.
+            pulls: From `CoefficientRows`; Nones where all coefficients are 1.
         """
         self.batch, self.chunk = batch, chunk
         first, second = ends(batch.z, chunk)

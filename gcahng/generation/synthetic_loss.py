@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gcahng.errors import InputError
 from gcahng.generation.interpolation import positives
-from gcahng.generation.pair_synthesis import ChunkedCoefficients, ChunkSynthesis, Way, both, chunk_coefficients
+from gcahng.generation.pair_synthesis import ChunkedCoefficients, ChunkSynthesis, CoefficientRows, Way, both
 from gcahng.generation.synthesis import PlacedBatch, Synthesis, check_coefficients, place
 from gcahng.generation.synthesis_gradient import BatchGradient
 from gcahng.graph import identity
@@ -138,9 +138,9 @@ def _by_synthetic(
 
 
 def _chunks(batch: PlacedBatch, coefficients: ChunkedCoefficients) -> Iterator[ChunkSynthesis]:
-    logits = None if isinstance(coefficients, UnitCoefficients) else coefficients.logits()
+    rows = None if isinstance(coefficients, UnitCoefficients) else CoefficientRows.of(coefficients)
     for part in coefficients.layout.parts:
-        yield ChunkSynthesis(batch, part.chunk, chunk_coefficients(coefficients, logits, part))
+        yield ChunkSynthesis(batch, part.chunk, (None, None) if rows is None else rows.chunk(part))
 
 
 def _by_anchor(plan: PairPlan, scores: list[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ Shapes: B samples, D channels, H heads, n node-block pairs of b x b edges.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from gcahng.graph.edge_update import BlockWeights, UpdateRule
 from gcahng.graph.pair_attention import Reducer, pair_attention
 from gcahng.graph.pairs import PairPlan
-from gcahng.graph.precision import linear, product
+from gcahng.graph.precision import linear, product, without_autocast
 
 
 class Norm(nn.Module):
@@ -25,6 +26,25 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer_norm(F.gelu(x) if self.gelu else x)
+
+
+class _Folded(torch.autograd.Function):
+    """(D, F) weight times (F,) scale with centred rows; autograd's own gradient takes twice the sweeps."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        folded = weight * scale
+        return folded.sub_(folded.mean(1, keepdim=True))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @without_autocast
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        weight, scale = ctx.saved_tensors
+        centred = grads[0] - grads[0].mean(1, keepdim=True)
+        by_scale = (centred * weight).sum(0)
+        return centred.mul_(scale), by_scale
 
 
 def _attention_linear(dim: int) -> nn.Linear:
@@ -149,8 +169,7 @@ class EdgeBlock(nn.Module):
         the hidden channels the mean needs no subtraction.
         """
         norm, hidden = self.norm.layer_norm, self.ffn_norm
-        folded = self.ffn_out.weight * hidden.weight
-        folded = folded - folded.mean(1, keepdim=True)
+        folded = _Folded.apply(self.ffn_out.weight, hidden.weight)
         shift = self.ffn_out.weight @ hidden.bias + self.ffn_out.bias
         return BlockWeights(norm.weight, norm.bias, self.ffn_in.weight, self.ffn_in.bias, folded, shift)
 

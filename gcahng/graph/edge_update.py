@@ -224,16 +224,20 @@ class _Update(torch.autograd.Function):
             work = _Chunk(call, source, rule, terms, norm, part.chunk)
             x = work.mix()
             inner, h, mean, rstd = call.kernels.hidden(x, hidden, call.low, keep=keep_inner)
-            y = (h @ hidden.weight_out.t()).to(x.dtype)
+            # x is this chunk's own, and the backward pass mixes it again.
+            x.addcmul_((h @ hidden.weight_out.t()).to(x.dtype), rstd)
             del h
-            # Over x: it is this chunk's own, and the backward pass mixes it again.
-            y = x.addcmul_(y, rstd).add_(weights.shift)
-            done = call.kernels.normalise(y, norm) if moments is not None or values is not None or not keep else y
-            raw[part.chunk.rows] = y if keep else done
-            if values is not None:
-                values[part.chunk.rows] = done
-            if moments is not None:
-                moments.add(done, call.layout.weights(part, y.dtype))
+            rows, done = part.chunk.rows, None
+            if keep:
+                x = _store(x, weights.shift, raw[rows])
+                if values is not None:
+                    done = call.kernels.normalise_into(x, norm, values[rows])
+                elif moments is not None:
+                    done = call.kernels.normalise(x, norm)
+            else:
+                done = call.kernels.normalise_into(x.add_(weights.shift), norm, raw[rows])
+            if moments is not None and done is not None:
+                moments.add(done, call.layout.weights(part, done.dtype))
             if keep:
                 kept += [*work.attention.tensors(), inner, mean, rstd]
         call.kernels.release()
@@ -284,6 +288,15 @@ class _Update(torch.autograd.Function):
         )
 
 
+def _store(x: Tensor, shift: Tensor, into: Tensor) -> Tensor:
+    """Write x + shift to `into`, (R, D), in its dtype; returns the sum in that of x."""
+    if into.dtype == x.dtype:
+        return torch.add(x, shift, out=into)
+    x += shift
+    into.copy_(x)
+    return x
+
+
 def _norm(weights: BlockWeights, rule: UpdateRule) -> NormWeights:
     return NormWeights(weights.norm_weight, weights.norm_bias, rule.gelu, rule.norm_eps)
 
@@ -311,8 +324,8 @@ def _feed_forward_backward(
     inner, mean, rstd = kept
     assert mean is not None and rstd is not None
     # raw - x - shift is the product with weight_out times rstd: what the variance acts on.
-    through_rstd = (raw - x).sub_(hidden.shift).mul_(grad).sum(1, keepdim=True)
-    row = through_rstd * rstd.square() / hidden.bias_in.numel()
+    through_rstd = (raw - x).mul_(grad).sum(1) - grad @ hidden.shift
+    row = through_rstd[:, None] * rstd.square() / hidden.bias_in.numel()
     scaled = lowered(grad * rstd, call.low)
     grad_inner, h, grad_bias = call.kernels.hidden_backward(x, inner, scaled, row, mean, hidden, call.low)
     accumulate_product(found.weight_out, scaled, h)

@@ -38,7 +38,7 @@ def without_autocast(backward: Callable[P, Result]) -> Callable[P, Result]:
 
 
 # On the CPU, products with fewer rows gain nothing from lower precision: converting the weights costs more.
-FEWEST_ROWS_ON_CPU = 256
+FEWEST_ROWS_ON_CPU = 64
 
 
 def node_dtype(nodes: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:

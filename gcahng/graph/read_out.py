@@ -81,10 +81,6 @@ class ReadOut:
         """The chunk's edges after the BatchNorm without its weight: (R, D)."""
         return self._scaled(part, self.rstd())
 
-    def logits(self, part: ChunkRows) -> Tensor:
-        """The chunk's logits without bias: (R, D)."""
-        return product(self._scaled(part, self.rstd() * self.scale), self.weight, None, self.low)
-
     def _scaled(self, part: ChunkRows, factor: Tensor) -> Tensor:
         """(edge - mean) * factor in one sweep, as BatchNorm itself computes it: (R, D)."""
         return torch.addcmul(-self.mean * factor, self.edges.values(part.chunk).flatten(0, 2), factor)
@@ -92,8 +88,9 @@ class ReadOut:
     def fill(self, buffer: Tensor) -> Tensor:
         """Write all logits into `buffer` (rows, D), which may be the raw edges themselves; returns it."""
         with torch.no_grad():
+            matrix, factor = lowered(self.weight, self.low).t(), self.rstd() * self.scale
             for part in self.layout.all_rows():
-                buffer[part.chunk.rows] = self.logits(part)
+                buffer[part.chunk.rows] = lowered(self._scaled(part, factor), self.low) @ matrix
         return buffer
 
     def rows(self) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gcahng.errors import InputError
 from gcahng.generation import ConstantClassifier, Synthesis, generation_loss, synthetic_loss
+from gcahng.generation.pair_synthesis import CoefficientRows
 from gcahng.graph import (
     ConstantCoefficients,
     PairCoefficients,
@@ -274,3 +275,29 @@ def test_all_images_alike_are_finite() -> None:
         (gradient,) = torch.autograd.grad(loss, z)
         assert torch.isfinite(loss)
         assert torch.isfinite(gradient).all()
+
+
+def test_the_coefficients_serve_several_losses() -> None:
+    """A loss overwrites logits of its own, not the coefficients: the next one finds what the first found."""
+    z, coefficients = graph_coefficients(case := Case(SIZES[2], {"edge_dropout": "independent"}), gradient=True)
+    assert isinstance(coefficients, PairCoefficients)
+    before = coefficients.logits()
+    first, second = case.judge(z, coefficients), case.judge(z, coefficients)
+    assert torch.equal(coefficients.logits(), before)
+    assert torch.equal(first.total, second.total)
+    found = [
+        torch.autograd.grad(loss.total, coefficients.read_out.weight, retain_graph=True)[0] for loss in (first, second)
+    ]
+    assert torch.equal(*found)
+
+
+def test_logits_of_lower_precision_are_kept_for_their_digits() -> None:
+    """lambda written over bfloat16 logits would be rounded to 1 where the loss still has a slope."""
+    _, coefficients = graph_coefficients(Case(SIZES[2]), gradient=True)
+    assert isinstance(coefficients, PairCoefficients)
+    logits = torch.full_like(coefficients.logits(), 7.0)
+    rows = CoefficientRows.written_over(coefficients, coarse := logits.bfloat16())
+    assert torch.equal(coarse, logits.bfloat16())
+    part = coefficients.layout.parts[0]
+    fine = CoefficientRows.written_over(coefficients, logits)
+    torch.testing.assert_close(rows.chunk(part)[0], fine.chunk(part)[0], rtol=1e-12, atol=0)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcahng.graph import PairPlan, identity
+from gcahng.graph.blocks import EdgeBlock
 from gcahng.graph.edge_messages import EdgePass
 from gcahng.graph.edge_source import EdgeSource, ProductEdges
 from gcahng.graph.edge_update import BlockWeights, EndTerms, UpdateRule, update_edges
@@ -271,3 +272,21 @@ def test_per_row_little_is_kept() -> None:
     assert sizes[EVERYTHING] - sizes[NOTHING] == rows * 4 * DIM
     nodes = 8 * plan.order.numel() * DIM + sum(t.numel() for t in fields(weights).values()) * 2
     assert sizes[NOTHING] <= rows * (DIM + 6) + nodes
+
+
+def test_the_folded_weight_is_that_of_its_formula() -> None:
+    """Linear(LayerNorm(h)) by the folded weight, in value and in every gradient, at once for two uses of the block."""
+    block = EdgeBlock(4, gelu_norm=True).double()
+    with torch.no_grad():
+        for number, parameter in enumerate(block.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator(number), dtype=torch.float64))
+    h = torch.randn(5, 16, generator=generator(99), dtype=torch.float64)
+    folded = block.weights()
+    variance, mean = torch.var_mean(h, 1, correction=0, keepdim=True)
+    found = (h @ folded.weight_out.t()) * torch.rsqrt(variance + block.ffn_norm.eps) + folded.shift
+    wanted = block.ffn_out(block.ffn_norm(h))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    parameters = (block.ffn_out.weight, block.ffn_out.bias, block.ffn_norm.weight, block.ffn_norm.bias)
+    got, want = (torch.autograd.grad(x.sin().sum(), parameters) for x in (found, wanted))
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)

@@ -1,16 +1,39 @@
 """The eager kernels for the CPU: the wide hidden layer lives in two buffers that every chunk of a pass writes anew.
 
 A fresh 8 MB tensor per chunk costs the page faults of 8 MB per chunk, a tenth of the edge stage's time; the CPU has no
-caching allocator.
+caching allocator. For smaller tensors `keep_freed_memory` asks the C library to be one.
 """
 
 import threading
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gcahng.graph.kernels.eager import EagerKernels, HiddenWeights, aten, column_sums, lowered, row_statistics
+from gcahng.graph.kernels.eager import (
+    EagerKernels,
+    HiddenWeights,
+    NormWeights,
+    aten,
+    column_sums,
+    lowered,
+    row_statistics,
+)
+
+# glibc's largest threshold for blocks with a mapping of their own is 32 MiB on 64 bits.
+LARGEST_MAPPED_BYTES = 31 << 20
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let the C library keep up to 64 MiB of freed memory for the next tensors; once per process.
+
+    glibc gives freed memory back to the system beyond twice the largest block (up to 32 MiB) that ever was freed after
+    it had a mapping of its own, and every chunk then pays the page faults again. Freeing one such block, which nobody
+    wrote to and so took no memory, raises the bound. Other libraries do not mind.
+    """
+    torch.empty(LARGEST_MAPPED_BYTES, dtype=torch.uint8, device="cpu")
 
 
 class CpuKernels(EagerKernels):
@@ -21,6 +44,7 @@ class CpuKernels(EagerKernels):
 
     def __init__(self) -> None:
         self._of_thread = threading.local()
+        keep_freed_memory()
 
     @property
     def _buffers(self) -> dict[str, Tensor]:
@@ -30,6 +54,16 @@ class CpuKernels(EagerKernels):
     def release(self) -> None:
         """Give the buffers back; the end of a pass."""
         self._buffers.clear()
+
+    def normalise_into(self, x: Tensor, norm: NormWeights, into: Tensor) -> Tensor:
+        if into.dtype != x.dtype:
+            return super().normalise_into(x, norm, into)
+        inner = aten.gelu(x) if norm.gelu else x
+        statistics = x.new_empty(x.shape[0], 1), x.new_empty(x.shape[0], 1)
+        aten.native_layer_norm.out(
+            inner, [x.shape[-1]], norm.weight, norm.bias, norm.eps, out0=into, out1=statistics[0], out2=statistics[1]
+        )
+        return into
 
     def hidden(
         self, x: Tensor, weights: HiddenWeights, low: torch.dtype | None, *, keep: bool = True

@@ -116,6 +116,12 @@ class EagerKernels:
         inner = aten.gelu(x) if norm.gelu else x
         return aten.native_layer_norm(inner, [x.shape[-1]], norm.weight, norm.bias, norm.eps)[0]
 
+    def normalise_into(self, x: Tensor, norm: NormWeights, into: Tensor) -> Tensor:
+        """Write norm(x) on (R, D) to `into`, in its dtype; returns norm(x) in that of x."""
+        done = self.normalise(x, norm)
+        into.copy_(done)
+        return done
+
     def normalise_backward(self, x: Tensor, grad: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x (..., D), of the weight (D,) and of the bias (D,) from that of norm(x)."""
         inner = aten.gelu(x) if norm.gelu else x
@@ -194,7 +200,10 @@ class EagerKernels:
         n, b, _, dim = grad_edges.shape
         return MixGradient(
             grad_edges,
-            ((grad_edges * weights[0][..., None]).sum(2), (grad_edges * weights[1][..., None]).sum(1)),
+            (
+                torch.bmm(weights[0].reshape(n * b, 1, b), grad_edges.view(n * b, b, dim)).view(n, b, dim),
+                (grad_edges * weights[1][..., None]).sum(1),
+            ),
             (
                 torch.bmm(grad_edges.view(n * b, b, dim), first.reshape(n * b, dim, 1)).view(n, b, b),
                 (grad_edges * second[:, None, :]).sum(-1),

@@ -13,7 +13,7 @@ from torch import Tensor
 from gcahng.graph.edge_messages import EdgePass
 from gcahng.graph.edge_source import ProductEdges
 from gcahng.graph.edge_update import BlockWeights, EndTerms, UpdateRule, update_edges
-from gcahng.graph.kernels import EagerKernels, HiddenWeights
+from gcahng.graph.kernels import EagerKernels, HiddenWeights, NormWeights
 from gcahng.graph.kernels.cpu import CpuKernels
 
 DIM, WIDTH = 6, 24
@@ -128,3 +128,17 @@ def test_threads_do_not_write_into_each_others_buffers() -> None:
     assert torch.equal(mine, want)
     kernels.hidden(draw(4, DIM, seed=6), weights, None, keep=False)
     assert not torch.equal(mine, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gelu", [True, False])
+def test_a_norm_written_into_a_buffer(gelu: bool, dtype: torch.dtype) -> None:
+    norm, x = NormWeights(draw(DIM, seed=1), draw(DIM, seed=2), gelu, 1e-5), draw(5, DIM, seed=3)
+    buffer, before = torch.zeros(9, DIM, dtype=dtype), x.clone()
+    done = CpuKernels().normalise_into(x, norm, buffer[2:7])
+    want = EagerKernels().normalise(x, norm)
+    assert torch.equal(done, want)
+    assert torch.equal(buffer[2:7], want.to(dtype))
+    assert not buffer[:2].any()
+    assert not buffer[7:].any()
+    assert torch.equal(x, before)
