@@ -2,7 +2,8 @@
 
 A value is one of all ranks together unless its name ends in `_local`, which is rank 0's alone. Losses are of the global
 batch, evaluations of all images, counts (`skipped_images`, `repaired_draws`) are sums over ranks, and times
-(`step_seconds`, `data_seconds`) are the slowest rank's.
+(`step_seconds`, `data_seconds`) are the slowest rank's. `samples` is a checksum of the global batch's rows in order:
+runs that draw the same samples show the same, whatever their number of ranks.
 """
 
 import json

@@ -87,7 +87,9 @@ def start_run(config: Config, launched: Launched, *, overwrite: bool) -> RunStar
 def _spread(config: Config, modules: dict[str, nn.Module], ranks: Ranks) -> None:
     """Change the parts, which are alike on all ranks, into what several ranks train."""
     if config.distributed.batch_norm == "global":
-        modules["metric_model"] = use_statistics_of_all(modules["metric_model"], ranks)
+        model = modules["metric_model"]
+        # Small batches: ranks may go through the backbone unequally often, so its statistics stay their own.
+        use_statistics_of_all(model if config.accumulation.micro_batch is None else model.get_submodule("head"), ranks)
     if config.distributed.shard_classes:
         for name in list(modules):
             modules.update(shard_part(name, modules.pop(name), ranks))

@@ -7,6 +7,7 @@ With several ranks each runs this loop on its part of every batch; rank 0 writes
 say to each other outside of a step happens at places that the step number fixes (logged steps, ends of epochs).
 """
 
+import hashlib
 import json
 import logging
 import time
@@ -207,12 +208,15 @@ class Trainer:
         try:
             yield
         except NonFiniteEmbedding as error:
-            own = next(rows for step, rows in self._recent if step == error.step)
             # Met on all ranks, in the same step: the positions are those of the global batch.
-            parts = self.ranks.all_of(own.reshape(self.config.batch.num_samples, -1).cpu())
-            rows = torch.cat(parts, 1).flatten()
+            rows = self._rows_of_all(next(rows for step, rows in self._recent if step == error.step))
             keys = [self.data.shards.key(int(rows[p])) for p in error.positions[:5]]
             raise TrainingError(f"{error} Samples: {', '.join(keys)}.") from error
+
+    def _rows_of_all(self, own: Tensor) -> Tensor:
+        """(B,) rows of the global batch, group-major, from each rank's (K * P_r,)."""
+        parts = self.ranks.all_of(own.cpu().reshape(self.config.batch.num_samples, -1))
+        return torch.cat(parts, 1).flatten()
 
     def _read(self, report: Mapping[str, Tensor]) -> dict[str, float]:
         """A report's numbers: one wait for the device, and no number of a step that is not to be trusted."""
@@ -229,6 +233,8 @@ class Trainer:
 
     def _log_step(self, report: Mapping[str, float], epoch: int, run_log: RunLog | NoLog) -> None:
         values: dict[str, Any] = dict(report)
+        rows = self._rows_of_all(self._recent[-1][1])
+        values["samples"] = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
         self._count()
         values["skipped_images"] = self.progress.skipped
         values["repaired_draws"] = self.progress.repaired
@@ -283,7 +289,7 @@ class Trainer:
 
     def _share_buffers(self) -> None:
         """Rank 0's running statistics for all, where each rank has gathered its own."""
-        if self.config.distributed.batch_norm == "local":
+        if self.config.distributed.batch_norm == "local" or self.config.accumulation.microbatch_statistics:
             share_buffers(self.parts.metric_model, self.ranks)
 
     def _save(self, *, keep_all: bool = False) -> None:
