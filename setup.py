@@ -9,7 +9,7 @@ GLYPHS = ["matplotlib>=3.8", "fonttools>=4.40"]
 PICTURES = ["matplotlib>=3.8"]
 CARS = ["scipy>=1.11"]
 # The first that lets several engines share one loss.
-DEEPSPEED = ["deepspeed>=0.18.3"]
+DEEPSPEED = ["deepspeed>=0.19.8"]
 
 setup(
     name="gcahng",

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 from gcahng.distributed import failures
 from gcahng.errors import InputError, TrainingError
+from gcahng.training.launched import launched_rank
 
 INPUT_FAULT = 2
 """Exit status for input that can be repaired."""
@@ -24,7 +26,7 @@ def run(main: Callable[[], int]) -> None:
     Several ranks speak with one voice: rank 0 logs and prints, the others only what concerns them alone
     (`gcahng.distributed.failures`); where one fails, all end.
     """
-    rank = _launched_rank()
+    rank = launched_rank()
     _set_up_logging(rank)
     try:
         status = main()
@@ -33,17 +35,10 @@ def run(main: Callable[[], int]) -> None:
     except KeyboardInterrupt as error:
         status = _end(error, "interrupted", 130, rank)
     except Exception as error:
-        if not failures.connected():
+        if rank == 0 and not failures.connected():
             raise
         status = _end(error, "".join(traceback.format_exception(error)).rstrip(), 1, rank)
     sys.exit(status)
-
-
-def _launched_rank() -> int:
-    """The rank that the launcher gave this process; 0 where there is one process."""
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    number = os.environ.get("RANK", "0")
-    return int(number) if several and number.isdigit() else 0
 
 
 def _set_up_logging(rank: int) -> None:
@@ -63,6 +58,8 @@ def _end(error: BaseException, text: str, status: int, rank: int) -> int:
             text = f"rank {rank}: {text}"
         print(text, file=sys.stderr)
         return status
+    # Ctrl-C comes twice: from the terminal, and from the launcher, which passes its own on.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     end = failures.ending(error, text, status)
     if end.text is not None:
         print(end.text, file=sys.stderr)

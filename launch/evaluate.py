@@ -14,6 +14,7 @@ from gcahng.training.checkpoint import CONFIG
 from gcahng.training.config import load_config
 from gcahng.training.evaluate_checkpoint import evaluate_checkpoint
 from gcahng.training.evaluation import TarSets
+from gcahng.training.launched import require_one_process
 from gcahng.training.results import metric_columns
 from gcahng.training.saved_embeddings import check_target
 from gcahng.training.trainer import SELECTION_NOTE
@@ -90,6 +91,7 @@ def chosen_tars(options: argparse.Namespace) -> TarSets | None:
 def main() -> int:
     """Run the command; returns the exit status."""
     options = parse()
+    require_one_process("launch/evaluate.py")
     tars = chosen_tars(options)
     path = chosen_path(options)
     if options.save_embeddings is not None:

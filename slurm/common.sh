@@ -1,19 +1,15 @@
-# What the job scripts share; sourced, not run.
+# shellcheck shell=bash
+# What the job scripts share; sourced, not run, in the project's folder.
 #
+#   GCAHNG_HOME            the project's folder; default: where sbatch was called
 #   GCAHNG_PYTHON          the Python of the environment that has gcahng; default: .venv/bin/python, else python3
 #   GCAHNG_PROCESSES       processes per node; default: the node's GPUs, else 1
 #   GCAHNG_DEEPSPEED       a DeepSpeed file, launch/deepspeed/zero1.json say; default: none, so DDP
 #   MASTER_ADDR            where rank 0 listens; default: the job's first node
 #   MASTER_PORT            its port; default: one that depends on the job's number
+#   OMP_NUM_THREADS        threads of each process; default: its share of the node's CPUs in this job
 
 set -euo pipefail
-
-# SLURM runs a copy of the script: the project is where the job was submitted, unless GCAHNG_HOME says otherwise.
-cd "${GCAHNG_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}"
-if [[ ! -f launch/train.py ]]; then
-    echo "error: $PWD is not the project's folder (no launch/train.py). Submit from there, or set GCAHNG_HOME." >&2
-    exit 2
-fi
 
 if [[ -z "${GCAHNG_PYTHON:-}" ]]; then
     GCAHNG_PYTHON="python3"
@@ -32,6 +28,7 @@ from gcahng.training.config import load_config
 try:
     print(functools.reduce(getattr, sys.argv[2].split("."), load_config(sys.argv[1], sys.argv[3:])))
 except InputError as error:
-    sys.exit(f"error: {error}")
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 ' "$@"
 }

@@ -187,6 +187,14 @@ def trace_of(backend: NotingBackend, reports: list[dict[str, Tensor]], draws: li
 class NotingDistributedBackend(NotingBackend, DistributedBackend):
     """DDP with notes, and a count of the reductions of the metric model's gradients (one bucket each)."""
 
+    def step(self, names: Sequence[str], reach: str) -> None:
+        for name in names:
+            if name in self.gates:
+                # What a pass does not reach of the graph has zeros until now; not to be noted.
+                self.gates[name].active = reach
+                self.gates[name]._close(self.optimizers[name], (), {})
+        super().step(names, reach)
+
     def count_reductions(self) -> list[int]:
         sizes: list[int] = []
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch.distributed import distributed_c10d
 
 from gcahng.distributed import Ranks, failures
-from gcahng.distributed.agreement import agreed, check_same
+from gcahng.distributed.agreement import agreed, check_same, raised_by_all
 from gcahng.errors import ConfigError, DataError, TrainingError
 
 GLOO_CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:29551")
@@ -19,6 +19,15 @@ def outcome(action: Callable[[], Any]) -> str:
         return repr(action())
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+
+
+def failure(action: Callable[[], Any]) -> Exception:
+    """What an action fails with."""
+    try:
+        action()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing failed")
 
 
 def raising(errors: Mapping[int, Exception], rank: int) -> Callable[[], int]:
@@ -44,6 +53,8 @@ AGREED: dict[str, dict[int, Exception]] = {
 
 def agreement(ranks: Ranks) -> dict[str, str]:
     found = {name: outcome(lambda e=errors: agreed(ranks, raising(e, ranks.rank))) for name, errors in AGREED.items()}
+    bug = failure(lambda: agreed(ranks, raising(AGREED["a bug"], ranks.rank)))
+    found["a bug, known to all"] = str(raised_by_all(bug))
     same = {"seed": "1", "data": "abc"}
     found["same"] = outcome(lambda: check_same(ranks, same))
     other = same | ({"seed": "2", "data": "abd"} if ranks.rank == 1 else {})

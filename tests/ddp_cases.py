@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from gcahng.data.ranks import rank_sizes
 from gcahng.distributed import Ranks
 from gcahng.distributed.class_shards import ShardedLinear
+from gcahng.errors import InputError
 from gcahng.models import build_embedder
 from gcahng.training import finite_checks
 from gcahng.training.averages import EpochAverages
@@ -246,7 +247,68 @@ def go_wrong(ranks: Ranks) -> dict[str, Any]:
     found["frozen"] = _runs_frozen_parts(launched)
     found["dtypes"] = _dtypes_in_bf16(launched)
     found["sharded"] = _state_of_a_sharded_part(launched)
+    found["drawn"] = _losses_that_draw(ranks, launched)
+    found["search"] = _search_over_steps(ranks, launched)
     return found
+
+
+class Drawing(nn.Module):
+    """A metric loss that draws numbers."""
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        return (z * torch.rand_like(z)).square().mean()
+
+
+def _losses_that_draw(ranks: Ranks, launched: Launched) -> tuple[list[float], list[float]]:
+    """Two steps' losses, where the generators stand elsewhere on each rank; and a draw of this rank after each."""
+    case = ExactCase(num_classes=5, graph=False, generate=False)
+    modules = case.modules() | {"metric_loss": Drawing()}
+    optimizer, gate = build_optimizer(modules["metric_model"], OptimizerConfig(lr=1e-2))
+    backend = DistributedBackend(modules, {"metric_model": optimizer}, {"metric_model": gate}, launched=launched)
+    step = TrainingStep(backend, case.settings(), ranks=ranks, class_counts=rank_sizes(case.num_classes, ranks.size))
+    losses, draws = [], []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(ranks.rank)
+        for number in range(2):
+            report = step(*case.batch(0, ranks), EpochAverages(), step=number)
+            losses.append(float(report["metric_loss"]))
+            draws.append(float(torch.rand(())))
+    backend.close()
+    return losses, draws
+
+
+def _search_over_steps(ranks: Ranks, launched: Launched) -> dict[str, Any]:
+    """Which parts DDP searches before each of three steps and after them; the last one leaves a backbone out again."""
+    case = WarmUpCase(loss="own", num_classes=5, warm_up_steps=1)
+    modules = case.modules()
+    built = {name: build_optimizer(module, OptimizerConfig(lr=1e-2)) for name, module in modules.items()}
+    optimizers, gates = (
+        {n: optimizer for n, (optimizer, _) in built.items()},
+        {n: gate for n, (_, gate) in built.items()},
+    )
+    backend = DistributedBackend(modules, optimizers, gates, launched=launched)
+    step = TrainingStep(backend, case.settings(), ranks=ranks, class_counts=rank_sizes(case.num_classes, ranks.size))
+    found: dict[str, Any] = {"searched": [], "error": None}
+    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    before: list[Tensor] = []
+    for number in range(3):
+        found["searched"].append(_searched(backend))
+        if number == 2:
+            modules["metric_model"].register_forward_pre_hook(lambda module, _: module.set_warm_up(True))
+            before = [parameter.detach().clone() for parameter in parameters]
+        try:
+            step(*case.batch(number, ranks), EpochAverages(), step=number)
+        except InputError as error:
+            found["error"] = (number, str(error))
+    found["searched"].append(_searched(backend))
+    found["moved"] = sum(not torch.equal(*pair) for pair in zip(before, parameters, strict=True))
+    backend.close()
+    return found
+
+
+def _searched(backend: DistributedBackend) -> list[str]:
+    wrapped: dict[str, Any] = backend._wrapped
+    return [name for name, wrapper in wrapped.items() if wrapper.find_unused_parameters]
 
 
 def _runs_frozen_parts(launched: Launched) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from ddp_cases import WarmUpCase
 from exact_cases import ExactCase, run_case
@@ -27,7 +28,7 @@ from gcahng.errors import ConfigError
 from gcahng.training.backend import PlainBackend
 from gcahng.training.config_schema import OptimizerConfig
 from gcahng.training.ddp_backend import DistributedBackend
-from gcahng.training.deepspeed_backend import DeepSpeedBackend
+from gcahng.training.deepspeed_backend import DeepSpeedBackend, PartEngine
 from gcahng.training.finite_checks import NotFinite
 from gcahng.training.launched import Launched
 from gcahng.training.optimizers import PassGate, build_optimizer
@@ -352,6 +353,12 @@ def destroyed(ranks: Ranks, launched: Launched) -> tuple[int, int]:
     return first, destroy.call_count - first
 
 
+def _without_average(ranks: Ranks, launched: Launched) -> str:
+    with patch.object(PartEngine, "_reduce"), pytest.raises(ConfigError) as refused:
+        Run.of(RESUMED, ranks, launched)
+    return str(refused.value)
+
+
 # Who goes on from whose checkpoint.
 RESUMES = {
     DDP: ("zero-1",),
@@ -374,6 +381,7 @@ def all_of_it(ranks: Ranks) -> dict[str, dict[str, Any]]:
                 of_kind["spoilt"] = spoilt(ranks, launched, deferred=kind == "zero-1")
                 of_kind["unused"] = [with_unused_layer(ranks, launched, apart) for apart in (False, True)]
                 of_kind["destroyed"] = destroyed(ranks, launched)
+                of_kind["no average"] = _without_average(ranks, launched)
                 of_kind["compiled"] = _has_compiled_operator()
     for kind, sources in RESUMES.items():
         with launched_as(kind, ranks) as launched:

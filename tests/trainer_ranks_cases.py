@@ -15,7 +15,7 @@ from run_cases import make_config
 from gcahng.data.shards.reader import ShardSet
 from gcahng.distributed import Ranks
 from gcahng.distributed.failures import EACH_RANK
-from gcahng.training import run_start
+from gcahng.training import embedding, run_start
 from gcahng.training import trainer as trainer_module
 from gcahng.training.evaluation import as_row, evaluate
 from gcahng.training.precheck import forecast
@@ -72,6 +72,7 @@ def runs(ranks: Ranks, shards: Path, folder: Path) -> dict[str, Any]:
         cases |= {
             "local statistics": local_statistics,
             "forecast": forecast_of,
+            "crashed": crashed,
             "disk full": disk_full,
             "other weights": other_weights,
             "other code": other_code,
@@ -139,6 +140,21 @@ def unreadable(ranks: Ranks, shards: Path, folder: Path) -> tuple[str, bool]:
     return text, (folder / "last" / "state.json").is_file()
 
 
+def crashed(ranks: Ranks, shards: Path, folder: Path) -> tuple[str, bool]:
+    """Rank 1 fails in an evaluation by no fault of the input: the failure, and whether the epoch was saved."""
+    loader = embedding.eval_loader
+
+    def broken(*arguments: object, **options: object) -> Any:
+        raise MemoryError("a loader process was killed")
+
+    if ranks.rank == 1:
+        embedding.eval_loader = broken
+    text = failure(lambda: run(ranks, shards, folder, {"train.max_steps_per_epoch": 1}))
+    embedding.eval_loader = loader
+    ranks.wait()
+    return text, (folder / "last" / "state.json").is_file()
+
+
 def not_finite(ranks: Ranks, shards: Path, folder: Path) -> tuple[str, str]:
     """The last rank's second image makes no finite embedding: the failure, and that image's key."""
     trainer = trainer_of(ranks, shards, folder, {"model.head": "linear"})
@@ -173,17 +189,18 @@ def other_settings(ranks: Ranks, shards: Path, folder: Path) -> str:
 
 
 def other_weights(ranks: Ranks, shards: Path, folder: Path) -> str:
-    build = run_start.build_modules
+    makers = run_start.module_makers
 
     def other(*arguments: Any, **options: Any) -> Any:
-        modules = build(*arguments, **options)
+        found = makers(*arguments, **options)
+        graph = found["graph"]()
         with torch.no_grad():
-            modules["graph"].node_classifier.bias[0] += ranks.rank * 1e-7
-        return modules
+            graph.node_classifier.bias[0] += ranks.rank * 1e-7
+        return found | {"graph": lambda: graph}
 
-    run_start.build_modules = other
+    run_start.module_makers = other
     text = failure(lambda: trainer_of(ranks, shards, folder, {}))
-    run_start.build_modules = build
+    run_start.module_makers = makers
     return text
 
 

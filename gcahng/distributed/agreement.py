@@ -18,6 +18,9 @@ Result = TypeVar("Result")
 # Of an error the most special of these travels; everything else comes to the other ranks as the last.
 _KINDS: tuple[type[Exception], ...] = (ConfigError, DataError, InputError, TrainingError)
 
+# Attribute of other errors that all ranks were told of.
+_TOLD = "told_to_all_ranks"
+
 
 def agreed(ranks: Ranks, action: Callable[[], Result]) -> Result:
     """Do `action` on every rank and return what it returned here; if it failed anywhere, it fails everywhere.
@@ -43,11 +46,17 @@ def agreed(ranks: Ranks, action: Callable[[], Result]) -> Result:
     if not failed:
         return result[0]
     if error is not None and not isinstance(error, _KINDS):
+        error.__dict__[_TOLD] = True
         raise error
     first = said[failed[0]]
     assert first is not None
     kind, text = first
     raise _KINDS[kind](text if all(words == first for words in said) else f"rank {failed[0]}: {text}") from error
+
+
+def raised_by_all(error: BaseException) -> bool:
+    """Whether every rank raises at this place: `agreed` did, or all met the same fault of their common input."""
+    return isinstance(error, _KINDS) or _TOLD in vars(error)
 
 
 def _told(error: Exception) -> tuple[int, str]:

@@ -109,6 +109,9 @@ class _Statistics:
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """(C,) mean and variance over all but the channels, by the kernels of F.batch_norm; at least float32."""
     mean_to, variance_to = None, None
+    if x.device.type == "cpu":
+        # With channels last it would add up thousands of numbers one after the other, and be off by 1e-4 in float32.
+        x = x.contiguous()
     if x.dtype != _wide(x):
         # Only to say in which dtype they are wanted.
         mean_to, variance_to = torch.zeros(2, x.shape[1], dtype=_wide(x), device=x.device)
@@ -202,8 +205,10 @@ def _channel_sums(gradient: Tensor, x: Tensor, found: _Statistics, eps: float) -
         return torch.zeros_like(found.mean), torch.zeros_like(found.mean)
     wide = _wide(x)
     ones = torch.ones_like(found.mean, dtype=wide)
-    # With channels last CPUs would add up in the input's own dtype.
-    dtype = wide if x.device.type == "cpu" else x.dtype
+    dtype = x.dtype
+    if x.device.type == "cpu":
+        # As for `_moments`; and with channels last CPUs would add up in the input's own dtype.
+        dtype, x, gradient = wide, x.contiguous(), gradient.contiguous()
     _, scaled, plain = torch.ops.aten.native_batch_norm_backward(
         gradient.to(dtype),
         x.to(dtype),

@@ -188,6 +188,11 @@ def load_module(module: nn.Module, folder: Path, name: str) -> None:
     module.load_state_dict(saved)
 
 
+def optimizer_parts(folder: Path) -> list[str]:
+    """The parts whose optimisers a checkpoint holds."""
+    return sorted(file.stem.removeprefix("optimizer-") for file in folder.glob("optimizer-*.pt"))
+
+
 def read_optimizer(folder: Path, name: str, like: Optimizer) -> dict[str, Any]:
     """One optimiser's state, to be loaded.
 

@@ -277,7 +277,8 @@ class DistributedConfig:
     """Several processes (ranks), started by `accelerate launch` or `torchrun`."""
 
     timeout_seconds: int = 120
-    """How long ranks wait for each other before the run ends with an error."""
+    """How long ranks wait for each other before the run ends with an error; also while one writes a checkpoint,
+    downloads weights, or is late with its data."""
     batch_norm: Literal["global", "local"] = "global"
     """Batch statistics of the metric model's BatchNorms in training: of all ranks' images, or of each rank's own."""
     shard_classes: bool = False

@@ -74,15 +74,23 @@ class DeepSpeedBackend(PlainBackend):
         accelerator = launched.accelerator
         assert accelerator is not None
         self._engines: dict[str, PartEngine] = {}
+        try:
+            self._make_engines(accelerator)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_engines(self, accelerator: "Accelerator") -> None:
         for name, module in self.modules.items():
             own = own_tensors(module)
             if name in self.optimizers and any(id(p) not in own for p in module.parameters()):
                 self._engines[name] = PartEngine(
                     name, module, self.optimizers[name], self.gates[name], accelerator, self.ranks
                 )
-            for tensor in module.buffers():
+            # An engine sends the parameters that it is made of.
+            for tensor in [*module.buffers(), *(() if name in self._engines else module.parameters())]:
                 if id(tensor) not in own:
-                    dist.broadcast(tensor, 0, group=self.ranks.group)
+                    dist.broadcast(tensor.detach(), 0, group=self.ranks.group)
 
     def step(self, names: Sequence[str], reach: str) -> None:
         engines = {name: self._engines[name] for name in names if name in self._engines}
@@ -166,19 +174,29 @@ class PartEngine:
         own = own_tensors(module)
         self.layout = Layout.of(optimizer, own)
         check_trained(name, module, optimizer, self.stage)
+        self._names = {id(parameter): key for key, parameter in module.named_parameters()}
+        self._moving: set[int] = set()
+        self._moves_rows = False
+        self._closed = False
         self._engine = self._built(module, own, accelerator)
-        check_engine(name, self._engine, optimizer, self.stage)
+        try:
+            self._take_over()
+            self._try_average()
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_over(self) -> None:
+        """Look whether the engine is as expected, and arrange the optimiser's groups around it."""
+        optimizer = self.optimizer
+        check_engine(self.name, self._engine, optimizer, self.stage)
         if self.stage > 0:
-            check_zero_optimizer(name, self._zero, self.layout)
+            check_zero_optimizer(self.name, self._zero, self.layout)
             self._zero._coalesce_grad_reduction = True
         self._flat: list[Tensor] = [group["params"][0] for group in optimizer.param_groups] if self.stage > 0 else []
         for number, group in enumerate(optimizer.param_groups):
             whole, rows = self.layout.groups[number], self.layout.own[number]
             group["params"] = [self._flat[number], *rows] if self.stage > 0 else list(whole)
-        self._names = {id(parameter): key for key, parameter in module.named_parameters()}
-        self._moving: set[int] = set()
-        self._moves_rows = False
-        self._closed = False
         optimizer.register_step_pre_hook(self._keep_still)
 
     @property
@@ -222,15 +240,52 @@ class PartEngine:
                     parameter.grad = torch.zeros_like(parameter)  # only other ranks have one
         if not self._moving:
             return
-        if self.stage > 0:
-            with self._engine.coalesce_grad_reduction():
-                """The gradients are there already; at the end of the block they are reduced."""
-            self._zero._coalesce_grad_reduction = True
-            return
-        self._engine.allreduce_gradients()
-        for parameter in self.parameters:
+        self._reduce()
+        for parameter in self.parameters if self.stage == 0 else ():
             if parameter.grad is not None and id(parameter) not in reached:
                 parameter.grad = None  # DeepSpeed has made it, of zeros
+
+    def _reduce(self) -> None:
+        """Average the gradients that there are."""
+        if self.stage == 0:
+            self._engine.allreduce_gradients()
+            return
+        with self._engine.coalesce_grad_reduction():
+            """The gradients are there already; at the end of the block they are reduced."""
+        self._zero._coalesce_grad_reduction = True
+
+    def _try_average(self) -> None:
+        """Average once what is known: ranks' numbers from 1 on, as gradients of a backward pass.
+
+        What this class uses of DeepSpeed besides its documented methods may be there in another version and do
+        something else: reduce during the backward pass, for example, and then again.
+
+        Raises:
+            ConfigError: Something else came out; the same on all ranks.
+        """
+        groups = {number: group for number, group in enumerate(self.layout.trained) if group}
+        if not groups:
+            return
+        sums = [parameter.sum() for parameter in self.parameters]
+        torch.autograd.backward(sums, [torch.full_like(one, self.ranks.rank + 1) for one in sums])
+        self._reduce()
+        # In stages 1 and 2 each rank has its partitions, filled up with zeros; in stage 0 everything.
+        held = [float(sum(part.double().sum() for part in self._held(number))) for number in groups]
+        found = held if self.stage == 0 else self.ranks.host_sum(held)
+        self.drop_gradients()
+        mean = (self.ranks.size + 1) / 2
+        means = [total / sum(p.numel() for p in group) for total, group in zip(found, groups.values(), strict=True)]
+        if any(self.ranks.host_max([abs(one - mean) > 1e-5 * mean for one in means])):
+            raise ConfigError(
+                f"DeepSpeed's engine of `{self.name}` does not average gradients as expected: the ranks' numbers 1 to "
+                f"{self.ranks.size} gave {means}, by parameter group. Use DeepSpeed 0.19.8, or DDP."
+            )
+
+    def _held(self, number: int) -> Sequence[Tensor]:
+        """The averaged gradients of a group that this rank holds."""
+        if self.stage > 0:
+            return self._zero.averaged_gradients.get(number) or ()
+        return [p.grad for p in self.layout.trained[number] if p.grad is not None]
 
     def _is_reached(self, number: int, reached: set[int]) -> bool:
         """Whether this pass moves the shared parameters of a group."""

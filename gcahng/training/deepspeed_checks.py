@@ -51,6 +51,8 @@ _HARMLESS_OF_ZERO = {
     "stage",
     "use_multi_rank_bucket_allreduce",
 }
+# Not harmless to switch off.
+_ON_BY_DEFAULT = {"managed_gradient_accumulation"}
 _OURS = "The run makes its own from `optim`: hooks on it clip gradients and keep parameters still that a pass misses."
 _REASONS = {
     "optimizer": _OURS,
@@ -59,6 +61,7 @@ _REASONS = {
     "torch_autocast": "Set `train.precision`.",
     "data_types": "With bf16 it selects another optimiser wrapper, which loses gradients of losses that engines share.",
     "communication_data_type": "Gradients are averaged in float32, as by DDP.",
+    "managed_gradient_accumulation": "Gradients are averaged once, right before the move.",
     "prescale_gradients": "Gradients are averaged as by DDP.",
     "gradient_predivide_factor": "Gradients are averaged as by DDP.",
 }
@@ -90,12 +93,18 @@ def deepspeed_plugin(config: "Config") -> "DeepSpeedPlugin":
     """The launcher's settings, checked and filled in, as accelerate takes them.
 
     Raises:
-        ConfigError: A setting is missing, unreadable, or would change the result.
+        ConfigError: A setting is missing, unreadable, or would change the result; or DeepSpeed is not installed.
     """
     check_precision(config.train.precision)
     settings, source = launcher_settings()
     check_settings(settings, source)
-    import deepspeed.ops  # type: ignore[import-untyped]
+    try:
+        import deepspeed.ops  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ConfigError(
+            f"The launcher asks for DeepSpeed, which cannot be imported here ({error}). Install it (pip install "
+            "'gcahng[deepspeed]'), or use DDP (launch/accelerate/gpu_n.yaml)."
+        ) from error
     from accelerate import DeepSpeedPlugin
 
     # On the CPU DeepSpeed would begin by compiling an operator for inference: a minute, where there is a compiler.
@@ -176,7 +185,9 @@ def check_settings(settings: Mapping[str, Any], source: str) -> None:
             "train.precision=bf16, which keeps them float32."
         )
     for key, value in settings.items():
-        if key in ("fp16", "bf16", "bfloat16") or key in _HARMLESS or value is None or _switched_off(value):
+        if key in ("fp16", "bf16", "bfloat16") or key in _HARMLESS or value is None:
+            continue
+        if _switched_off(value) and key not in _ON_BY_DEFAULT:
             continue
         if (key, value) == ("communication_data_type", "fp32"):
             continue

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from gcahng.distributed import ONE, Ranks
-from gcahng.errors import ConfigError
+from gcahng.errors import ConfigError, TrainingError
 from gcahng.training.config import Config
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def launched(config: Config) -> Launched:
 
     Raises:
         ConfigError: The launcher asks for what the configuration or the method does not allow.
+        TrainingError: The other ranks cannot be reached.
     """
     size = _number("WORLD_SIZE", 1)
     uses_deepspeed = _flag("ACCELERATE_USE_DEEPSPEED")
@@ -80,7 +81,10 @@ def launched(config: Config) -> Launched:
     owns_groups = not dist.is_initialized()
     _share_cores(device)
     timeout = timedelta(seconds=config.distributed.timeout_seconds)
-    accelerator = _accelerator(config, device, timeout, uses_deepspeed)
+    try:
+        accelerator = _accelerator(config, device, timeout, uses_deepspeed)
+    except dist.DistError as error:
+        raise _not_met(size, config.distributed.timeout_seconds, error) from error
     if dist.get_world_size() != size:
         raise ConfigError(
             f"WORLD_SIZE is {size}, but {dist.get_world_size()} processes met. Start them with one command."
@@ -88,6 +92,27 @@ def launched(config: Config) -> Launched:
     host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
     ranks = Ranks(dist.get_rank(), size, None, host_group)
     return Launched(ranks, device, "deepspeed" if uses_deepspeed else "ddp", accelerator, owns_groups)
+
+
+def launched_rank() -> int:
+    """The rank that the launcher gave this process, before anything has been checked; 0 where there is one process."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    number = os.environ.get("RANK", "0")
+    return int(number) if several and number.isdigit() else 0
+
+
+def require_one_process(command: str) -> None:
+    """Refuse a launcher's many processes for a command of which each would do all.
+
+    Raises:
+        ConfigError: There are several.
+    """
+    size = _number("WORLD_SIZE", 1)
+    if size > 1:
+        raise ConfigError(
+            f"{command} runs as one process, but {size} were started (WORLD_SIZE): each would do all of it, and write "
+            f"the same files. Start `python {command}` without a launcher, or unset WORLD_SIZE."
+        )
 
 
 def end(launched: Launched) -> None:
@@ -131,13 +156,24 @@ def _check(config: Config, size: int, uses_deepspeed: bool) -> None:
     if (size > 1 or uses_deepspeed) and missing and not dist.is_initialized():
         raise ConfigError(
             f"{size} processes are to run together (WORLD_SIZE), but {', '.join(missing)} is not set. Start them with "
-            "`accelerate launch` or `torchrun`."
+            "`accelerate launch` or `torchrun`; for one process unset WORLD_SIZE, which a shell may have kept."
         )
     if size > config.batch.num_classes:
         raise ConfigError(
             f"`batch.num_classes` is {config.batch.num_classes}, but {size} ranks were started: each needs a class of "
             "every batch. Start fewer, or raise batch.num_classes."
         )
+
+
+def _not_met(size: int, seconds: int, error: Exception) -> TrainingError:
+    """What to say when not all ranks come to where they meet; torch's words may be many lines."""
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    said = next(iter(str(error).strip().splitlines()), "no message")
+    return TrainingError(
+        f"The {size} ranks did not meet at {place} (MASTER_ADDR, MASTER_PORT) within `distributed.timeout_seconds` "
+        f"({seconds}): {said[:200]} Check that all of them were started, and that this port is free there and open to "
+        "the other nodes."
+    )
 
 
 def _device(setting: str, size: int) -> torch.device:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,7 +121,12 @@ def _seeded(seed: int, name: str, make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def build_modules(config: Config, num_classes: int, *, load_weights: bool = True) -> dict[str, nn.Module]:
-    """The parts that the configuration asks for, on the CPU.
+    """The parts that the configuration asks for, on the CPU; arguments as for `module_makers`."""
+    return {name: make() for name, make in module_makers(config, num_classes, load_weights=load_weights).items()}
+
+
+def module_makers(config: Config, num_classes: int, *, load_weights: bool = True) -> dict[str, Callable[[], nn.Module]]:
+    """What makes the parts that the configuration asks for, on the CPU: one at a time, where memory counts.
 
     Args:
         num_classes: N, training classes.
@@ -147,7 +153,7 @@ def build_modules(config: Config, num_classes: int, *, load_weights: bool = True
         )
     if config.generation.enabled:
         makers["classifier"] = lambda: nn.Linear(dim, num_classes)
-    return {name: _seeded(config.seed, name, make) for name, make in makers.items()}
+    return {name: partial(_seeded, config.seed, name, make) for name, make in makers.items()}
 
 
 def build_parts(

@@ -25,7 +25,7 @@ from gcahng.training.config_types import show
 from gcahng.training.data_setup import RunData, build_train_loader, open_data
 from gcahng.training.evaluation import check_evaluation
 from gcahng.training.launched import Launched
-from gcahng.training.parts import build_modules, choose_device
+from gcahng.training.parts import choose_device, module_makers
 from gcahng.training.preflight import preflight
 from gcahng.training.resume import check_resumable, class_digest, setting_of
 from gcahng.training.sharded_parts import shard_part
@@ -44,6 +44,7 @@ class RunStart:
         data_identity: What a checkpoint says of the data.
         loader: Training batches, this rank's part.
         modules: Parts by name on the CPU, as this rank trains them, with the weights that the run begins with.
+        weights: Of several ranks, the checksum of each part's weights before this rank took its share of them.
         resume_from: Checkpoint to go on from.
     """
 
@@ -51,6 +52,7 @@ class RunStart:
     data_identity: dict[str, Any]
     loader: TrainLoader
     modules: dict[str, nn.Module]
+    weights: dict[str, str]
     resume_from: Path | None
 
 
@@ -80,19 +82,7 @@ def start_run(config: Config, launched: Launched, *, overwrite: bool) -> RunStar
     start = agreed(ranks, lambda: _read(config, launched, overwrite))
     if ranks.size > 1:
         check_same(ranks, _contents(start))
-        _spread(config, start.modules, ranks)
     return start
-
-
-def _spread(config: Config, modules: dict[str, nn.Module], ranks: Ranks) -> None:
-    """Change the parts, which are alike on all ranks, into what several ranks train."""
-    if config.distributed.batch_norm == "global":
-        model = modules["metric_model"]
-        # Small batches: ranks may go through the backbone unequally often, so its statistics stay their own.
-        use_statistics_of_all(model if config.accumulation.micro_batch is None else model.get_submodule("head"), ranks)
-    if config.distributed.shard_classes:
-        for name in list(modules):
-            modules.update(shard_part(name, modules.pop(name), ranks))
 
 
 def _read(config: Config, launched: Launched, overwrite: bool) -> RunStart:
@@ -103,21 +93,61 @@ def _read(config: Config, launched: Launched, overwrite: bool) -> RunStart:
     resume_from = _find_resume(config, run_dir, overwrite)
     _check_run_dir(run_dir, resume_from, overwrite)
     loader = build_train_loader(config, data, ranks=launched.ranks, pin_memory=launched.device.type == "cuda")
-    starts_anew = resume_from is None and config.train.init_from is None
-    modules = build_modules(config, data.table.num_classes, load_weights=starts_anew)
     identity = {
         "manifest": data.shards.manifest.digest(),
         "classes": class_digest(data),
         "num_classes": data.table.num_classes,
     }
     if resume_from is not None:
-        trained = [name for name, module in modules.items() if any(True for _ in module.parameters())]
-        check_resumable(resume_from, checkpoint.read_state(resume_from)["data"], identity, config, trained)
-        for name, module in modules.items():
+        saved = checkpoint.read_state(resume_from)["data"]
+        check_resumable(resume_from, saved, identity, config, checkpoint.optimizer_parts(resume_from))
+    modules, weights = make_parts(config, identity, resume_from, launched.ranks)
+    return RunStart(data, identity, loader, modules, weights, resume_from)
+
+
+def make_parts(
+    config: Config, identity: Mapping[str, Any], resume_from: Path | None, ranks: Ranks
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The parts that this rank trains, with their first weights, and of several ranks the checksums of these.
+
+    One part is made, loaded and cut after the other: with classes by the million no rank holds two of them whole.
+    """
+    begun_from = None if resume_from is not None else _begun_from(config)
+    same_classes = (
+        begun_from is not None and checkpoint.read_state(begun_from)["data"]["classes"] == identity["classes"]
+    )
+    own_weights = resume_from is None and begun_from is None
+    makers = module_makers(config, identity["num_classes"], load_weights=own_weights)
+    modules: dict[str, nn.Module] = {}
+    weights: dict[str, str] = {}
+    fresh: list[str] = []
+
+    def make_part(name: str) -> None:
+        module = makers[name]()
+        if resume_from is not None:
             checkpoint.load_module(module, resume_from, name)
-    elif config.train.init_from is not None:
-        _start_weights(modules, Path(config.train.init_from), identity)
-    return RunStart(data, identity, loader, modules, resume_from)
+        elif begun_from is not None:
+            fresh.extend(checkpoint.start_from({name: module}, begun_from, same_classes=same_classes))
+        if ranks.size > 1:
+            weights[name] = weight_digest(module)
+            modules.update(_of_rank(name, module, config, ranks))
+        else:
+            modules[name] = module
+
+    for name in makers:
+        make_part(name)
+    if begun_from is not None:
+        log.info("Started from %s; fresh: %s.", begun_from, ", ".join(fresh) or "none")
+    return modules, weights
+
+
+def _of_rank(name: str, module: nn.Module, config: Config, ranks: Ranks) -> dict[str, nn.Module]:
+    """What one of several ranks trains in place of a part that is alike on all of them, by name."""
+    if name == "metric_model" and config.distributed.batch_norm == "global":
+        # Small batches: ranks may go through the backbone unequally often, so its statistics stay their own.
+        whole = config.accumulation.micro_batch is None
+        use_statistics_of_all(module if whole else module.get_submodule("head"), ranks)
+    return shard_part(name, module, ranks) if config.distributed.shard_classes else {name: module}
 
 
 def _find_resume(config: Config, run_dir: Path, overwrite: bool) -> Path | None:
@@ -146,12 +176,13 @@ def _check_run_dir(run_dir: Path, resume_from: Path | None, overwrite: bool) -> 
         )
 
 
-def _start_weights(modules: Mapping[str, nn.Module], path: Path, data_identity: Mapping[str, Any]) -> None:
-    folder = checkpoint.find_checkpoint(path)
+def _begun_from(config: Config) -> Path | None:
+    """The checkpoint of `train.init_from`, whose files are as they were written."""
+    if config.train.init_from is None:
+        return None
+    folder = checkpoint.find_checkpoint(Path(config.train.init_from))
     checkpoint.verify(folder)
-    same_classes = checkpoint.read_state(folder)["data"]["classes"] == data_identity["classes"]
-    fresh = checkpoint.start_from(modules, folder, same_classes=same_classes)
-    log.info("Started from %s; fresh: %s.", folder, ", ".join(fresh) or "none")
+    return folder
 
 
 def _settings(config: Config) -> dict[str, str]:
@@ -184,7 +215,7 @@ def _contents(start: RunStart) -> dict[str, str]:
         "data (manifest)": start.data_identity["manifest"][:12],
         "training classes": start.data_identity["classes"][:12],
         "checkpoint to go on from": "none" if resumed is None else f"{resumed.parent.name} ({_of_file(resumed)})",
-    } | {f"weights of {name}": weight_digest(module)[:12] for name, module in start.modules.items()}
+    } | {f"weights of {name}": digest[:12] for name, digest in start.weights.items()}
 
 
 def _of_file(file: Path) -> str:

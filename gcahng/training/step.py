@@ -18,7 +18,8 @@ P_r classes each.
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -186,7 +187,8 @@ class TrainingStep:
         step: int,
         mixing: Mapping[str, Tensor] | None,
     ) -> dict[str, Tensor]:
-        metric_loss = self._metric_loss(z, labels)
+        with self._drawing_alike(z.device, step):
+            metric_loss = self._metric_loss(z, labels)
         report = {"metric_loss": metric_loss}
         synthesis = self._synthesis(z, rule, step, METRIC, mixing) if self.settings.generate else None
         if self.has_graph:
@@ -271,6 +273,19 @@ class TrainingStep:
             order = torch.arange(labels.numel(), device=labels.device)
             known["layout"] = BatchLayout(num_classes, num_samples, order, labels[:num_classes])
         return cast(Tensor, self.backend.forward("metric_loss", z, labels, **known))
+
+    @contextmanager
+    def _drawing_alike(self, device: torch.device, step: int) -> Iterator[None]:
+        """Within it, torch's generators give the same on all ranks: every rank computes the loss of the same batch.
+
+        Before and after they are each rank's own, as its images ask for.
+        """
+        if self.ranks.size == 1:
+            yield
+            return
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(stream_key(self.settings.seed, "metric_loss", step) >> 1)
+            yield
 
     def _graph_call(self, plan: PairPlan, step: int, phase: str) -> dict[str, Any]:
         """Arguments of the graph network in one pass."""

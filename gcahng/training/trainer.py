@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gcahng.data.images.transforms import normalise
-from gcahng.distributed.agreement import agreed
+from gcahng.distributed.agreement import agreed, raised_by_all
 from gcahng.distributed.batch_norm import share_buffers
 from gcahng.distributed.failures import EACH_RANK
-from gcahng.errors import InputError, TrainingError
+from gcahng.errors import TrainingError
 from gcahng.random import stream_key
 from gcahng.training import checkpoint
 from gcahng.training.averages import EpochAverages
@@ -39,7 +39,7 @@ from gcahng.training.memory import peak_memory_bytes
 from gcahng.training.parts import build_parts, build_step
 from gcahng.training.run_log import NoLog, RunLog
 from gcahng.training.run_start import alone, start_run
-from gcahng.training.run_state import load_optimizers, load_schedules, read_optimizers, schedule_states, whole_states
+from gcahng.training.run_state import load_optimizers, load_schedules, schedule_states, whole_states
 from gcahng.training.sharded_parts import saved_with
 from gcahng.training.step_clock import StepClock
 
@@ -180,7 +180,7 @@ class Trainer:
                 started = time.perf_counter()
                 if number >= total:
                     break
-            self._finish_checks()
+            self.finish_checks()
             self._clock.settle(time.perf_counter() - started)
 
     def run_step(self, images: Tensor, labels: Tensor, rows: Tensor) -> dict[str, Tensor]:
@@ -198,7 +198,7 @@ class Trainer:
         with self._samples_named():
             return self.step(inputs, labels, self.averages, step=self.progress.step)
 
-    def _finish_checks(self) -> None:
+    def finish_checks(self) -> None:
         """Wait for the steps so far, and raise if one of them met numbers that are not finite."""
         with self._samples_named():
             self.backend.checks.finish()
@@ -220,7 +220,7 @@ class Trainer:
 
     def _read(self, report: Mapping[str, Tensor]) -> dict[str, float]:
         """A report's numbers: one wait for the device, and no number of a step that is not to be trusted."""
-        self._finish_checks()
+        self.finish_checks()
         numbers = torch.stack([value.double() for value in report.values()]).tolist()
         return dict(zip(report, numbers, strict=True))
 
@@ -253,7 +253,7 @@ class Trainer:
                 # The epoch is not lost to an unreadable test image or Ctrl-C: a resume evaluates it first. Older
                 # checkpoints stay too, since this one may hold a model that diverged. Saving takes all ranks: of
                 # several, only what all of them met leaves them able to.
-                if self.ranks.size == 1 or isinstance(error, InputError | TrainingError):
+                if self.ranks.size == 1 or raised_by_all(error):
                     self._save(keep_all=True)
                 raise
         self._save()
@@ -294,7 +294,7 @@ class Trainer:
 
     def _save(self, *, keep_all: bool = False) -> None:
         """Collect the state from all ranks; rank 0 writes, and all know whether it could."""
-        self._finish_checks()
+        self.finish_checks()
         self._count()
         self._share_buffers()
         modules, optimizers = whole_states(self.parts, self.backend)
@@ -341,7 +341,7 @@ class Trainer:
     def _load(self, folder: Path) -> None:
         """Go on from a checkpoint whose weights the parts have already."""
         state = checkpoint.read_state(folder)
-        load_optimizers(agreed(self.ranks, lambda: read_optimizers(folder, self.parts)), self.parts, self.backend)
+        load_optimizers(folder, self.parts, self.backend, self.ranks)
         load_schedules(state["schedules"], self.parts)
         self.averages.load_state_dict(state["averages"])
         self.backend.load_state_dict(state["backend"])

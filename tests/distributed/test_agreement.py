@@ -7,7 +7,7 @@ from agreement_cases import AGREED, meeting, outcome, raising
 from rank_group import run_ranks
 
 from gcahng.distributed import ONE
-from gcahng.distributed.agreement import agreed, check_same, rank_list
+from gcahng.distributed.agreement import agreed, check_same, raised_by_all, rank_list
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,11 @@ def test_what_all_ranks_met_names_none(found) -> None:
 def test_a_bug_keeps_its_traceback_where_it_was_met(found) -> None:
     told = "TrainingError: rank 2: KeyError: 'weights'"
     assert [of_rank["a bug"] for of_rank in found] == [told, told, "KeyError: 'weights'"]
+
+
+def test_every_rank_knows_that_all_of_them_fail(found) -> None:
+    assert [of_rank["a bug, known to all"] for of_rank in found] == ["True"] * 3
+    assert not raised_by_all(KeyError("weights")) and not raised_by_all(KeyboardInterrupt())
 
 
 def test_equal_facts_pass(found) -> None:

@@ -131,6 +131,32 @@ def test_the_optimiser_state_of_spread_rows_is_whole(ranks) -> None:
         assert state["loaded"]
 
 
+def test_unreached_parameters_are_looked_for_until_a_step_has_reached_all(ranks) -> None:
+    for found in ranks:
+        first, after_warm_up, full, last = found["wrong"]["search"]["searched"]
+        # A loss of the user's own may leave parameters out at any time; the graph's groups say what a pass reaches.
+        assert sorted(first) == sorted(after_warm_up) == ["metric_loss", "metric_model"]
+        assert full == last == ["metric_loss"]
+
+
+def test_parameters_that_are_left_out_later_are_one_error_on_all_ranks(ranks) -> None:
+    for found in ranks:
+        search = found["wrong"]["search"]
+        number, message = search["error"]
+        assert number == 2
+        assert (
+            "parameters of `metric_model` have no gradient in this metric pass, the first being `backbone." in message
+        )
+        assert search["moved"] == 0
+
+
+def test_a_loss_that_draws_is_the_same_on_all_ranks(ranks) -> None:
+    losses, draws = zip(*(found["wrong"]["drawn"] for found in ranks), strict=True)
+    assert all(of_rank == losses[0] for of_rank in losses)
+    assert losses[0][0] != losses[0][1]
+    assert len({draw for of_rank in draws for draw in of_rank}) == 2 * len(ranks)
+
+
 def test_nothing_is_printed(ranks) -> None:
     assert [found["printed"] for found in ranks] == [""] * len(ranks)
 

@@ -1,12 +1,14 @@
 """What DeepSpeed must not be told ends in one clear error before anything is trained."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from launched_here import small_config
 from torch import nn
 
 from gcahng.errors import ConfigError
@@ -16,6 +18,7 @@ from gcahng.training.deepspeed_checks import (
     check_precision,
     check_settings,
     check_trained,
+    deepspeed_plugin,
     filled,
     launcher_settings,
 )
@@ -69,6 +72,7 @@ def test_harmless_settings_pass(settings: dict[str, Any]) -> None:
         ({"communication_data_type": "fp16"}, "averaged in float32"),
         ({"gradient_predivide_factor": 2.0}, "as by DDP"),
         ({"prescale_gradients": True}, "as by DDP"),
+        ({"managed_gradient_accumulation": False}, "`managed_gradient_accumulation` of ds.json is not supported"),
         ({"sparse_attention": {"mode": "fixed"}}, "`sparse_attention` .* It is not known to leave the result as it is"),
         (with_zero(stage=3), "`zero_optimization.stage` of ds.json is 3: .* the step reads weights between"),
         (with_zero(stage="auto"), 'must be 0, 1 or 2: got "auto"'),
@@ -242,3 +246,10 @@ def test_groups_that_deepspeed_changed_are_refused() -> None:
         change(zero)
         with pytest.raises(ConfigError, match="has other parameter groups than the run's optimiser"):
             check_zero_optimizer("graph", zero, layout)
+
+
+def test_deepspeed_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", raising=False)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match=r"asks for DeepSpeed, which cannot be imported.*'gcahng\[deepspeed\]'"):
+        deepspeed_plugin(small_config())

@@ -180,5 +180,14 @@ def test_close_takes_every_engine_down_once(found: list[Found], kind: str) -> No
     assert [of_rank[kind]["destroyed"] for of_rank in found] == [(4, 0)] * SIZE
 
 
+@pytest.mark.parametrize("kind", STAGES)
+def test_an_engine_that_does_not_average_is_refused(found: list[Found], kind: str) -> None:
+    for rank, of_rank in enumerate(found):
+        message = of_rank[kind]["no average"]
+        assert "engine of `metric_model` does not average gradients as expected: the ranks' numbers 1 to 2" in message
+        # Partitions are empty then; in stage 0 gradients are still those of each rank.
+        assert f"gave [{0.0 if kind in PARTITIONED else 1.0 + rank}" in message
+
+
 def test_deepspeed_compiles_nothing_to_start(found: list[Found]) -> None:
     assert not any(of_rank[kind]["compiled"] for of_rank in found for kind in STAGES)

@@ -140,7 +140,10 @@ def several(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, r"asks for Megatron-LM"),
         ({"WORLD_SIZE": "9"}, r"`batch.num_classes` is 8, but 9 ranks were started"),
         ({"WORLD_SIZE": "two"}, r"environment variable WORLD_SIZE must be a whole number: got 'two'"),
-        ({"RANK": "", "MASTER_PORT": ""}, r"RANK, MASTER_PORT is not set.*`accelerate launch` or `torchrun`"),
+        (
+            {"RANK": "", "MASTER_PORT": ""},
+            r"RANK, MASTER_PORT is not set.*`torchrun`; for one .*unset WORLD_SIZE",
+        ),
     ],
 )
 def test_what_a_launcher_must_not_ask_for(monkeypatch, variables: dict[str, str], message: str) -> None:

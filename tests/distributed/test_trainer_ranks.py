@@ -180,6 +180,11 @@ def test_an_unreadable_test_image_of_one_rank_ends_all_and_loses_no_epoch(ran: R
     assert all(saved for _, saved in ran["unreadable"])
 
 
+def test_an_evaluation_that_crashes_on_one_rank_loses_no_epoch(two: Ran) -> None:
+    told = "TrainingError: rank 1: MemoryError: a loader process was killed"
+    assert two["crashed"] == [(told, True), ("MemoryError: a loader process was killed", True)]
+
+
 def test_a_sample_of_another_rank_is_named_by_all(ran: Ran) -> None:
     ((text, key),) = set(ran["not finite"])
     assert text.startswith("TrainingError: Step 0: 1 embeddings of the batch are not finite")

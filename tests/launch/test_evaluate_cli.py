@@ -158,3 +158,10 @@ def test_what_cannot_be_evaluated(command_line, run_dir, launch_shards, tmp_path
 def test_a_wrong_command_line_shows_its_use(command_line, arguments: list[str]) -> None:
     ended = command_line("evaluate.py", *arguments)
     assert ended.status == 2 and ended.err.startswith("usage: launch/evaluate.py")
+
+
+def test_several_processes_are_refused(command_line, run_dir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended = command_line("evaluate.py", "--run", run_dir)
+    assert ended.status == 2 and ended.out == ""
+    assert ended.err.startswith("error: launch/evaluate.py runs as one process, but 2 were started (WORLD_SIZE)")

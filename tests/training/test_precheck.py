@@ -1,9 +1,12 @@
 """`--check`: real steps, a forecast, and nothing written."""
 
+import re
+
 import pytest
+import torch
 from run_cases import STEPS_PER_EPOCH, make_trainer, train
 
-from gcahng.errors import ConfigError
+from gcahng.errors import ConfigError, TrainingError
 from gcahng.training import precheck
 from gcahng.training.precheck import Forecast, forecast
 
@@ -33,6 +36,23 @@ def test_the_forecast_comes_from_real_steps(shards, tmp_path) -> None:
 def test_a_shortened_epoch_is_forecast_as_such(shards, tmp_path) -> None:
     trainer = make_trainer(shards, tmp_path / "run", {"train.max_steps_per_epoch": 2})
     assert forecast(trainer, steps=1).steps_per_epoch == 2
+
+
+def test_a_bad_sample_of_a_later_step_is_named(shards, tmp_path) -> None:
+    settings = {"model.head": "linear", "data.num_workers": 0}
+    trainer = make_trainer(shards, tmp_path / "run", settings)
+    _, second, *_ = make_trainer(shards, tmp_path / "run", settings).loader.epoch_iterator(0)
+    steps = 0
+
+    def poison(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        return output.index_fill(0, torch.tensor([1]), torch.inf) if steps == 2 else output
+
+    trainer.parts.metric_model.head.register_forward_hook(poison)
+    key = trainer.data.shards.key(int(second.rows[1]))
+    with pytest.raises(TrainingError, match=rf"Step 1: .* Samples: {re.escape(key)}\."):
+        forecast(trainer, steps=3)
 
 
 def test_an_epoch_shorter_than_the_check(shards, tmp_path) -> None:

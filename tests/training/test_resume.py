@@ -1,5 +1,6 @@
 """A run that was stopped goes on as if nothing had happened, or says why it cannot."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from run_cases import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gcahng.errors import ConfigError, DataError
+from gcahng.training import checkpoint
 from gcahng.training import trainer as trainer_module
 from gcahng.training.resume import FREE, check_resumable
 from gcahng.training.trainer import Trainer
@@ -197,6 +199,30 @@ def test_other_training_classes_are_refused(shards, tmp_path) -> None:
     check_resumable(folder, saved, dict(saved), trainer.config, parts)
     with pytest.raises(ConfigError, match=r"trained on other classes of .*\(6, now 7\). Start a new run"):
         check_resumable(folder, saved, saved | {"classes": "0", "num_classes": 7}, trainer.config, parts)
+
+
+def test_a_run_of_an_earlier_version_is_refused_in_words(shards, tmp_path) -> None:
+    """Its optimiser of the metric model had one parameter group."""
+    train(shards, tmp_path / "run", BASELINE)
+    folder = (tmp_path / "run" / "last").resolve()
+    file = folder / "optimizer-metric_model.pt"
+    saved = torch.load(file, weights_only=True)
+    backbone, head = saved["param_groups"]
+    saved["param_groups"] = [head | {"params": [*backbone["params"], *head["params"]]}]
+    torch.save(saved, file)
+    listing = json.loads((folder / "manifest.json").read_text())
+    listing[file.name] = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(listing))
+    sizes = [len(group["params"]) for group in (backbone, head)]
+    want = (
+        rf"`train.resume`: the optimiser of `metric_model` in .* has 1 parameter group \({sum(sizes)} tensors both\): "
+        rf"expected 2 parameter groups \({sizes[0]} tensors after_warm_up, {sizes[1]} tensors both\)\. "
+        r"Another version of gcahng saved it\. .*train\.init_from"
+    )
+    with pytest.raises(ConfigError, match=want):
+        make_trainer(shards, tmp_path / "run", BASELINE | AUTO)
+    begun = make_trainer(shards, tmp_path / "begun", BASELINE | {"train.init_from": str(folder)})
+    assert_same_tensors(begun.parts.metric_model.state_dict(), checkpoint.read_tensors(folder, "metric_model"))
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {

@@ -47,6 +47,7 @@ STEP_KEYS = LOSSES | {
     "lr_metric_model",
     "lr_graph",
     "lr_classifier",
+    "samples",
     "skipped_images",
     "repaired_draws",
     "step_seconds",
@@ -85,10 +86,11 @@ def test_every_step_is_logged_with_finite_numbers(finished_run) -> None:
     assert [row["epoch"] for row in rows] == [0] * 3 + [1] * 3 + [2] * 3
     for row in rows:
         assert set(row) == STEP_KEYS
-        assert all(math.isfinite(row[key]) for key in STEP_KEYS - {"kind"})
+        assert all(math.isfinite(row[key]) for key in STEP_KEYS - {"kind", "samples"})
         assert row["step_seconds"] >= row["data_seconds"] > 0
         want = row["metric_loss"] + row["node_loss"] + row["synthetic_weight"] * row["synthetic_loss"]
         assert row["total_loss"] == pytest.approx(want, rel=1e-5)
+    assert len({row["samples"] for row in rows}) == 9  # other rows in each step
 
 
 def test_epoch_averages_steer_the_next_epoch(finished_run) -> None:
