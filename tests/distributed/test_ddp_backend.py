@@ -14,7 +14,8 @@ from torch import Tensor
 from gcahng.distributed import ONE
 from gcahng.training.finite_checks import MOST_AHEAD
 
-SIZES = (2, 3)
+# Two are enough for `make test`: the tests of exactness run every loss and switch on this backend, three ranks too.
+SIZES = (2, pytest.param(3, marks=pytest.mark.full))
 Results = dict[str, dict[str, Any]]
 
 
