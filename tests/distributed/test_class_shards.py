@@ -22,7 +22,9 @@ def replicated() -> dict[str, Found]:
     return {name: trace(name, ONE, sharded=False) for name in CASES}
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3, pytest.param(4, marks=pytest.mark.full)], ids="W={}".format)
+@pytest.fixture(
+    scope="module", params=[1, 2, *(pytest.param(w, marks=pytest.mark.full) for w in (3, 4))], ids="W={}".format
+)
 def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What each rank found, by rank."""
     starts = {name: halfway(name) for name in RESUMED}
