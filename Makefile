@@ -47,7 +47,7 @@ endif
 # Stamps newer than the inputs make a second run skip pip.
 $(VENV)/.installed-demo: $(INPUTS) | $(BIN)/python
 	@echo "installing into $(VENV) (the first time takes minutes: torch is large)"
-	$(PIP) --editable '.[glyphs]'
+	$(PIP) --editable '.[glyphs,report]'
 	@touch $@
 
 $(VENV)/.installed-test: $(INPUTS) | $(BIN)/python

@@ -7,6 +7,11 @@ from setuptools import find_packages, setup
 README = Path(__file__).parent / "README.md"
 GLYPHS = ["matplotlib>=3.8", "fonttools>=4.40"]
 PICTURES = ["matplotlib>=3.8"]
+# The report's pictures and maps; t-SNE and k-means.
+REPORT = [*PICTURES, "scikit-learn>=1.4", "jinja2>=3.1", "markupsafe>=2.1"]
+# Approximate search, and embeddings as parquet.
+SEARCH = ["faiss-cpu>=1.8", "pyarrow>=15"]
+EXPORT = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"]
 CARS = ["scipy>=1.11"]
 # The first that lets several engines share one loss.
 DEEPSPEED = ["deepspeed>=0.19.8"]
@@ -48,6 +53,12 @@ setup(
         "deepspeed": DEEPSPEED,
         # Neighbour pictures.
         "pictures": PICTURES,
+        # launch/report.py and clustering metrics.
+        "report": REPORT,
+        # Approximate search, and embeddings as parquet.
+        "search": SEARCH,
+        # launch/export.py.
+        "export": EXPORT,
         # The plain edge-list graph on its usual kernels; compiles against the installed torch, so
         # install it with --no-build-isolation (tools/build_scatter.sh keeps the wheel).
         "scatter": ["torch_scatter>=2.1"],
@@ -55,6 +66,10 @@ setup(
         "test": [
             *CARS,
             *DEEPSPEED,
+            *REPORT,
+            *SEARCH,
+            *EXPORT,
+            "playwright>=1.45",
             "pytest>=8.0",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",

@@ -53,6 +53,11 @@ PARTS = {
     "gcahng.data": Part(own=MATHS),
     "gcahng.distributed": Part(own=(*MATHS, "gcahng.data.ranks")),
     "gcahng.training": Part(own=(*MATHS, "gcahng.models", "gcahng.data", "gcahng.distributed")),
+    "gcahng.search": Part(own=(*MATHS, "gcahng.models", "gcahng.data", "gcahng.distributed", "gcahng.training")),
+    "gcahng.export": Part(own=(*MATHS, "gcahng.models", "gcahng.data", "gcahng.distributed", "gcahng.training")),
+    "gcahng.report": Part(
+        own=(*MATHS, "gcahng.models", "gcahng.data", "gcahng.distributed", "gcahng.training", "gcahng.search")
+    ),
     "launch": Part(own=("gcahng",)),
     "shards": Part(own=("gcahng",)),
 }

@@ -1,0 +1,1 @@
+"""Stored embeddings and what is done with them outside training: search, approximate search, clustering."""
