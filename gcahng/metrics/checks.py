@@ -4,17 +4,20 @@ Shapes: Q queries, G gallery items, D embedding channels.
 """
 
 from collections.abc import Iterable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from gcahng.errors import InputError
+from gcahng.metrics.tiles import has_fast_bf16
 
+Precision = Literal["auto", "bf16", "fp32"]
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_embeddings(name: str, embeddings: Tensor) -> None:
-    """Ask for a non-empty (rows, D) floating-point tensor.
+def check_embeddings(name: str, embeddings: Tensor, *, may_be_empty: bool = False) -> None:
+    """Ask for a non-empty (rows, D) floating-point tensor; with `may_be_empty` for one that may have no rows.
 
     Raises:
         InputError: not a tensor, not two-dimensional, empty, or not floating point.
@@ -24,7 +27,7 @@ def check_embeddings(name: str, embeddings: Tensor) -> None:
             f"`{name}` must be a torch.Tensor: got {type(embeddings).__name__}. Convert it with torch.as_tensor."
         )
     shape = tuple(embeddings.shape)
-    if embeddings.ndim != 2 or 0 in shape:
+    if embeddings.ndim != 2 or 0 in shape[may_be_empty:]:
         raise InputError(
             f"`{name}` must have shape (items, channels), both at least 1: got {shape}. Pass one row per image."
         )
@@ -112,3 +115,24 @@ def check_ranks(name: str, ranks: Iterable[int], num_candidates: int) -> tuple[i
                 "Drop it or use a larger gallery."
             )
     return kept
+
+
+def check_memory(memory_mb: int) -> None:
+    """Ask for a positive number of MiB.
+
+    Raises:
+        InputError: It is none.
+    """
+    if isinstance(memory_mb, bool) or not isinstance(memory_mb, int) or memory_mb < 1:
+        raise InputError(f"`memory_mb` must be a positive integer: got {memory_mb!r}. Leave it out for 512.")
+
+
+def use_low_precision(precision: str, device: torch.device) -> bool:
+    """Whether tiles of scores are computed in bfloat16.
+
+    Raises:
+        InputError: An unknown precision.
+    """
+    if precision not in get_args(Precision):
+        raise InputError(f"`precision` must be one of {', '.join(get_args(Precision))}: got {precision!r}.")
+    return precision == "bf16" or (precision == "auto" and has_fast_bf16(device))

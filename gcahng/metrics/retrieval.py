@@ -1,17 +1,23 @@
-"""Recall@k, R-Precision and MAP@R by exact cosine search, never with a Q x G table.
+"""Retrieval metrics by exact cosine search, never with a Q x G table.
 
-Shapes: Q queries, q the queries of a chunk, G gallery items, D embedding channels, R references of
-a query (same-class gallery items, itself excluded), T ranks looked at.
+Shapes: Q queries, G gallery items, D embedding channels, R references of a query (same-class gallery items, itself
+excluded).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gcahng.errors import InputError
-from gcahng.metrics import checks, ranking, scores
+from gcahng.metrics import checks
+from gcahng.metrics.checks import Precision
+from gcahng.metrics.exchange import ALONE, Exchange
+from gcahng.metrics.measures import QueryMeasures
+from gcahng.metrics.nearest import padded_items
+from gcahng.metrics.search import Search
+from gcahng.metrics.unit_vectors import unit_vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +30,14 @@ class RetrievalResult:
 
     recall_at_k: dict[int, float]
     """Share of queries with at least one same-class item among the k nearest."""
+    precision_at_k: dict[int, float]
+    """Share of same-class items among the k nearest."""
     r_precision: float
     """Share of same-class items among the R nearest."""
     map_at_r: float
     """Sum of the precision at each rank r <= R that holds a same-class item, divided by R."""
+    mrr: float
+    """Mean of 1 / rank of the best-ranked reference, however far down that is."""
     num_queries: int
     """All queries, those without a reference included."""
     num_without_reference: int
@@ -36,14 +46,20 @@ class RetrievalResult:
     """(num_without_reference,) int64, their indices, ascending."""
     num_references: Tensor
     """(Q,) int64, R of each query."""
+    query_labels: Tensor
+    """(Q,) int64."""
     first_hit_rank: Tensor
     """(Q,) int64, rank (from 1) of the best-ranked reference; 0 without a reference."""
     query_r_precision: Tensor
     """(Q,) float64."""
     query_map_at_r: Tensor
     """(Q,) float64."""
+    query_precision_at_k: Tensor
+    """(Q, number of precision_ks) float64."""
     neighbours: Tensor | None = None
     """(Q, num_neighbours) int64 gallery indices, nearest first, where asked for."""
+    neighbour_scores: Tensor | None = None
+    """(Q, num_neighbours) float32 cosine similarities of the neighbours."""
 
 
 @torch.no_grad()
@@ -54,8 +70,11 @@ def retrieval(
     gallery_labels: Tensor | None = None,
     ks: Sequence[int] = (1, 2, 4, 8),
     *,
+    precision_ks: Sequence[int] = (),
     num_neighbours: int = 0,
-    chunk_size: int = scores.TILE_ROWS,
+    precision: Precision = "auto",
+    memory_mb: int = 512,
+    exchange: Exchange = ALONE,
 ) -> RetrievalResult:
     """Rank a gallery for every query by cosine similarity and average the benchmark's metrics.
 
@@ -63,19 +82,25 @@ def retrieval(
     other images with the same embedding stay. Equal scores: the lower gallery index comes first.
     Queries without a reference are counted, listed and left out of every mean.
 
+    Scores are exact inner products of unit vectors on a grid of 2^-26 (`gcahng.metrics.unit_vectors`): results do not
+    depend on `precision`, `memory_mb`, threads, device, or how the items are split into parts.
+
     R-Precision and MAP@R follow "A Metric Learning Reality Check" (ECCV 2020): both divide by R,
-    not by the hits found. Memory is `chunk_size` times G scores beside one normalised copy of the
-    embeddings; results do not depend on `chunk_size`.
+    not by the hits found.
 
     Args:
-        query: (Q, D) embeddings, normalised here. Scores are float64 for float64 embeddings and
-            full float32 otherwise, whatever autocast or TF32 setting is active.
+        query: (Q, D) embeddings, normalised here; with several parts, this part's.
         query_labels: (Q,) integer classes.
         gallery: (G, D) embeddings, or None for self-retrieval.
         gallery_labels: (G,) integer classes, exactly when there is a gallery.
         ks: Ranks for `recall_at_k`.
-        num_neighbours: Gallery indices to return per query; 0 for none.
-        chunk_size: Queries scored at a time, rounded up to a multiple of 192.
+        precision_ks: Ranks for `precision_at_k`. Large ones cost time: every reference is ranked up to the largest.
+        num_neighbours: Gallery indices to return per query; 0 for none. They cost a second search.
+        precision: Of the tiles that find which pairs are to be scored exactly: "bf16", "fp32", or "auto": bf16 where
+            the hardware is faster with it.
+        memory_mb: Working memory beside the normalised embeddings and a few numbers per query.
+        exchange: With other parts, each of which calls this with its stretch of queries and gallery; all get the
+            result of the whole. A part may be empty. See `gcahng.distributed.retrieval`.
 
     Returns:
         The means, and the values of each query.
@@ -84,182 +109,96 @@ def retrieval(
         InputError: an argument breaks the contract above, a k exceeds the candidates of a query,
             or no query has a reference.
     """
-    search = _Search.prepare(query, query_labels, gallery, gallery_labels)
-    ks = checks.check_ranks("ks", ks, search.num_candidates)
+    inputs = exchange.agree(lambda: _check_own(query, query_labels, gallery, gallery_labels, exchange.parts > 1))
+    checks.check_memory(memory_mb)
+    low = checks.use_low_precision(precision, query.device)
+    label_parts = exchange.everyone(inputs.query_labels)
+    gallery_parts = label_parts if inputs.gallery is None else exchange.everyone(inputs.gallery_labels)
+    is_self = inputs.gallery is None
+    num_queries, num_items = (sum(len(part) for part in parts) for parts in (label_parts, gallery_parts))
+    if num_queries == 0 or num_items == 0:
+        raise InputError("`query` and `gallery` must not be empty in all parts. Check how they were collected.")
+    ks = checks.check_ranks("ks", ks, num_items - is_self)
+    precision_ks = checks.check_ranks("precision_ks", precision_ks, num_items - is_self)
     if num_neighbours != 0:
-        checks.check_ranks("num_neighbours", [num_neighbours], search.num_candidates)
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        checks.check_ranks("num_neighbours", [num_neighbours], num_items - is_self)
+    first = sum(len(part) for part in gallery_parts[: exchange.part])
+    items = padded_items(
+        inputs.query if inputs.gallery is None else inputs.gallery, inputs.gallery_labels, first, low=low
+    )
+    unit = items.vectors.exact[: len(inputs.query)] if is_self else unit_vectors(inputs.query)
+    search = Search(exchange, unit, label_parts, items, gallery_parts, is_self=is_self, memory_mb=memory_mb)
+    num_references = torch.cat(search.num_references)
+    if not bool((num_references > 0).any()):
         raise InputError(
-            f"`chunk_size` must be a positive integer: got {chunk_size!r}. "
-            f"Leave it at {scores.TILE_ROWS} or raise it where memory allows."
+            f"no query has a same-class item to find: got {num_queries} queries and {num_items} gallery items without "
+            "a pair of one class. Check that both sides number the classes alike."
         )
-    table = _QueryTable.empty(len(query), num_neighbours, query.device)
-    with scores.full_precision():
-        for queries, row_scores in search.chunks(chunk_size, everything=num_neighbours > 0):
-            _rank_chunk(search, queries, row_scores, num_neighbours, table)
-    return _average(search, table, ks)
+    measures = search.measures(precision_ks)
+    nearest = search.nearest(num_neighbours) if num_neighbours else None
+    return _average(measures, num_references, torch.cat(label_parts), ks, precision_ks, nearest)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Search:
-    """Checked, normalised inputs of one evaluation."""
+@dataclass(frozen=True)
+class _Inputs:
+    """Checked arguments of one part."""
 
-    unit_queries: Tensor  # (Q or more, D); the tensor `unit_gallery` itself in self-retrieval
-    unit_gallery: Tensor  # (G rounded up to tiles, D)
-    query_labels: Tensor  # (Q,)
-    gallery_labels: Tensor  # (G,)
-    references: ranking.References
-    num_references: Tensor  # (Q,)
-    is_self: bool
+    query: Tensor
+    query_labels: Tensor
+    gallery: Tensor | None
+    gallery_labels: Tensor
 
-    @property
-    def num_candidates(self) -> int:
-        """Gallery items that a query can find."""
-        return len(self.gallery_labels) - int(self.is_self)
 
-    @classmethod
-    def prepare(
-        cls,
-        query: Tensor,
-        query_labels: Tensor,
-        gallery: Tensor | None,
-        gallery_labels: Tensor | None,
-    ) -> "_Search":
-        checks.check_embeddings("query", query)
-        query_labels = checks.check_labels("query_labels", query_labels, "query", query)
-        if (gallery is None) != (gallery_labels is None):
-            given, missing = ("gallery", "gallery_labels")[:: 1 if gallery_labels is None else -1]
-            raise InputError(
-                f"`gallery` and `gallery_labels` go together: got `{given}` without `{missing}`. "
-                "Pass both, or neither for self-retrieval."
-            )
-        checks.check_finite("query", query)
-        if gallery is None or gallery_labels is None:
-            gallery_labels = query_labels
-            num_rows = scores.round_up(len(query), scores.TILE_COLUMNS)
-            unit_queries = unit_gallery = scores.normalise(query, num_rows)
-        else:
-            checks.check_embeddings("gallery", gallery)
-            checks.check_pair(query, gallery)
-            checks.check_finite("gallery", gallery)
-            gallery_labels = checks.check_labels("gallery_labels", gallery_labels, "gallery", gallery)
-            num_rows = scores.round_up(len(gallery), scores.TILE_COLUMNS)
-            dtype = torch.promote_types(query.dtype, gallery.dtype)
-            unit_queries = scores.normalise(query.to(dtype), len(query))
-            unit_gallery = scores.normalise(gallery.to(dtype), num_rows)
-        references = ranking.References.build(query_labels, gallery_labels)
-        is_self = unit_queries is unit_gallery
-        num_references = references.size - int(is_self)
-        if not bool((num_references > 0).any()):
-            raise InputError(
-                f"no query has a same-class item to find: got {len(query)} queries and "
-                f"{len(gallery_labels)} gallery items without a pair of one class. Check that "
-                "both sides number the classes alike."
-            )
-        return cls(
-            unit_queries=unit_queries,
-            unit_gallery=unit_gallery,
-            query_labels=query_labels,
-            gallery_labels=gallery_labels,
-            references=references,
-            num_references=num_references,
-            is_self=is_self,
+def _check_own(
+    query: Tensor, query_labels: Tensor, gallery: Tensor | None, gallery_labels: Tensor | None, may_be_empty: bool
+) -> _Inputs:
+    checks.check_embeddings("query", query, may_be_empty=may_be_empty)
+    query_labels = checks.check_labels("query_labels", query_labels, "query", query)
+    if (gallery is None) != (gallery_labels is None):
+        given, missing = ("gallery", "gallery_labels")[:: 1 if gallery_labels is None else -1]
+        raise InputError(
+            f"`gallery` and `gallery_labels` go together: got `{given}` without `{missing}`. "
+            "Pass both, or neither for self-retrieval."
         )
-
-    def chunks(self, chunk_size: int, *, everything: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield query indices (q,) and their scores (q, G), the buffer being used again.
-
-        Queries come by ascending R, so that the few queries of a very large class are ranked
-        together and do not make the tables of all the others wide. Queries without a reference
-        are left out unless `everything` is set.
-        """
-        size = scores.round_up(chunk_size, scores.TILE_ROWS)
-        size = min(size, scores.round_up(len(self.query_labels), scores.TILE_ROWS))
-        rows = self.unit_queries.new_zeros((size, self.unit_queries.shape[1]))
-        buffer = rows.new_empty((size, len(self.unit_gallery)))
-        order = self.num_references.argsort(stable=True)
-        if not everything:
-            order = order[self.num_references[order] > 0]
-        for queries in order.split(size):
-            # A short last chunk scores old rows behind its own; they are not looked at.
-            rows[: len(queries)] = self.unit_queries[queries]
-            height = scores.round_up(len(queries), scores.TILE_ROWS)
-            scores.score_rows(rows[:height], self.unit_gallery, buffer[:height])
-            chunk = buffer[: len(queries), : len(self.gallery_labels)]
-            if self.is_self:
-                chunk[torch.arange(len(queries), device=queries.device), queries] = -torch.inf
-            yield queries, chunk
+    checks.check_finite("query", query)
+    if gallery is None or gallery_labels is None:
+        return _Inputs(query, query_labels, None, query_labels)
+    checks.check_embeddings("gallery", gallery, may_be_empty=may_be_empty)
+    checks.check_pair(query, gallery)
+    checks.check_finite("gallery", gallery)
+    return _Inputs(
+        query, query_labels, gallery, checks.check_labels("gallery_labels", gallery_labels, "gallery", gallery)
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _QueryTable:
-    """Values of single queries, filled chunk by chunk."""
-
-    first_hit_rank: Tensor
-    r_precision: Tensor
-    map_at_r: Tensor
-    neighbours: Tensor
-
-    @classmethod
-    def empty(cls, num_queries: int, num_neighbours: int, device: torch.device) -> "_QueryTable":
-        share = torch.full((num_queries,), torch.nan, dtype=torch.float64, device=device)
-        return cls(
-            first_hit_rank=torch.zeros(num_queries, dtype=torch.int64, device=device),
-            r_precision=share,
-            map_at_r=share.clone(),
-            neighbours=torch.zeros((num_queries, num_neighbours), dtype=torch.int64, device=device),
-        )
-
-
-def _rank_chunk(search: _Search, queries: Tensor, row_scores: Tensor, num_neighbours: int, table: _QueryTable) -> None:
-    """Rank one chunk, (q,) queries by ascending R with (q, G) scores, into the table."""
-    widest = max(int(search.num_references[queries[-1]]), num_neighbours)
-    step = ranking.rows_per_table(widest)
-    for part, part_scores in zip(queries.split(step), row_scores.split(step), strict=True):
-        _rank_slice(search, part, part_scores, num_neighbours, table)
-
-
-def _rank_slice(search: _Search, queries: Tensor, row_scores: Tensor, num_neighbours: int, table: _QueryTable) -> None:
-    """Rank queries whose tables fit into memory together; arguments as in `_rank_chunk`."""
-    num_references = search.num_references[queries].unsqueeze(1)
-    depth = max(int(num_references.max()), num_neighbours)
-    nearest = ranking.top_indices(row_scores, depth)
-    table.neighbours[queries] = nearest[:, :num_neighbours]
-    hits = search.gallery_labels[nearest] == search.query_labels[queries].unsqueeze(1)
-
-    table.first_hit_rank[queries] = hits.to(torch.uint8).argmax(dim=1) + 1
-    # A first hit beyond the list is placed by counting, so k may be as large as the gallery.
-    beyond = (~hits.any(dim=1) & (num_references.squeeze(1) > 0)).nonzero().flatten()
-    if len(beyond):
-        score, index = search.references.best(queries[beyond], row_scores[beyond])
-        table.first_hit_rank[queries[beyond]] = ranking.rank_of(row_scores[beyond], score, index)
-    table.first_hit_rank[queries] *= num_references.squeeze(1) > 0
-
-    rank = torch.arange(1, depth + 1, device=queries.device)
-    relevant = hits & (rank <= num_references)
-    precision = relevant.cumsum(dim=1).to(torch.float64) / rank
-    # 0 / 0 = NaN marks the queries without a reference.
-    divisor = num_references.squeeze(1).to(torch.float64)
-    table.r_precision[queries] = relevant.sum(dim=1) / divisor
-    table.map_at_r[queries] = (precision * relevant).sum(dim=1) / divisor
-
-
-def _average(search: _Search, table: _QueryTable, ks: tuple[int, ...]) -> RetrievalResult:
+def _average(
+    measures: QueryMeasures,
+    num_references: Tensor,
+    labels: Tensor,
+    ks: tuple[int, ...],
+    precision_ks: tuple[int, ...],
+    nearest: tuple[Tensor, Tensor] | None,
+) -> RetrievalResult:
     """Means over the queries with a reference."""
-    answerable = search.num_references > 0
-    first_hit = table.first_hit_rank[answerable]
+    answerable = num_references > 0
+    first_hit = measures.first_hit_rank[answerable]
     without = answerable.logical_not().nonzero().flatten().cpu()
-    has_neighbours = table.neighbours.shape[1] > 0
+    precisions = measures.precision_at_k[answerable].mean(dim=0).tolist()
     return RetrievalResult(
         recall_at_k={k: float((first_hit <= k).to(torch.float64).mean()) for k in ks},
-        r_precision=float(table.r_precision[answerable].mean()),
-        map_at_r=float(table.map_at_r[answerable].mean()),
+        precision_at_k=dict(zip(precision_ks, precisions, strict=True)),
+        r_precision=float(measures.r_precision[answerable].mean()),
+        map_at_r=float(measures.map_at_r[answerable].mean()),
+        mrr=float((1 / first_hit.to(torch.float64)).mean()),
         num_queries=len(answerable),
         num_without_reference=len(without),
         without_reference=without,
-        num_references=search.num_references.cpu(),
-        first_hit_rank=table.first_hit_rank.cpu(),
-        query_r_precision=table.r_precision.cpu(),
-        query_map_at_r=table.map_at_r.cpu(),
-        neighbours=table.neighbours.cpu() if has_neighbours else None,
+        num_references=num_references.cpu(),
+        query_labels=labels.cpu(),
+        first_hit_rank=measures.first_hit_rank.cpu(),
+        query_r_precision=measures.r_precision.cpu(),
+        query_map_at_r=measures.map_at_r.cpu(),
+        query_precision_at_k=measures.precision_at_k.cpu(),
+        neighbours=None if nearest is None else nearest[1].cpu(),
+        neighbour_scores=None if nearest is None else nearest[0].float().cpu(),
     )

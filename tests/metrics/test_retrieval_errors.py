@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gcahng.errors import InputError
-from gcahng.metrics import retrieval
+from gcahng.metrics import nearest, retrieval
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -94,9 +94,25 @@ FAULTS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: retrieval(X, Y, ks=(1,), num_neighbours=6),
         r"`num_neighbours` must lie between 1 and .*got 6",
     ),
-    "chunk size": (
-        lambda: retrieval(X, Y, ks=(1,), chunk_size=0),
-        r"`chunk_size` must be a positive integer: got 0",
+    "memory": (
+        lambda: retrieval(X, Y, ks=(1,), memory_mb=0),
+        r"`memory_mb` must be a positive integer: got 0",
+    ),
+    "precision": (
+        lambda: retrieval(X, Y, ks=(1,), precision="int8"),
+        r"`precision` must be one of auto, bf16, fp32: got 'int8'",
+    ),
+    "k of precision": (
+        lambda: retrieval(X, Y, ks=(1,), precision_ks=(6,)),
+        r"`precision_ks` must lie between 1 and .*got 6",
+    ),
+    "too many nearest": (
+        lambda: nearest(X, X, 6, exclude=torch.arange(6)),
+        r"`k` must lie between 1 and .*got 6",
+    ),
+    "exclude of another length": (
+        lambda: nearest(X, X, 1, exclude=torch.arange(5)),
+        r"`exclude` must have one entry per row of `query`",
     ),
     "no reference": (
         lambda: retrieval(X, torch.arange(6), ks=(1,)),

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gcahng.metrics import RetrievalResult, ranking, retrieval, scores
+from gcahng.metrics import RetrievalResult, nearest, retrieval
+from gcahng.metrics.tiles import BLOCK
 
 KS = (1, 2, 4, 8)
 
@@ -47,7 +48,6 @@ def assert_matches_loop(
     query_labels: Tensor,
     gallery: Tensor | None = None,
     gallery_labels: Tensor | None = None,
-    chunk_sizes: tuple[int, ...] = (1,),
 ) -> None:
     is_self = gallery is None
     others = query if gallery is None else gallery
@@ -58,25 +58,42 @@ def assert_matches_loop(
     want = loop_metrics(ranked, query_labels, other_labels)
 
     ks = tuple(k for k in KS if k <= num_candidates) + (num_candidates,)
-    for chunk_size in chunk_sizes:
+    for precision, memory_mb in (("bf16", 512), ("fp32", 512), ("bf16", 1)):
         got = retrieval(
             query,
             query_labels,
             gallery,
             gallery_labels,
             ks,
+            precision_ks=ks,
             num_neighbours=num_candidates,
-            chunk_size=chunk_size,
+            precision=precision,
+            memory_mb=memory_mb,
         )
         assert got.neighbours is not None
         assert got.neighbours.tolist() == ranked
         assert_values(got, want)
+        assert_precisions(got, ranked, other_labels, ks)
 
-        # Without neighbours the depth is R alone and far first hits are placed by counting.
-        shallow = retrieval(query, query_labels, gallery, gallery_labels, ks, chunk_size=chunk_size)
+        # Without neighbours and precisions the depth is R alone.
+        shallow = retrieval(query, query_labels, gallery, gallery_labels, ks, precision=precision)
         assert shallow.neighbours is None
         assert shallow.recall_at_k == got.recall_at_k
         assert_values(shallow, want)
+
+
+def assert_precisions(
+    got: RetrievalResult, ranked: list[list[int]], gallery_labels: Tensor, ks: tuple[int, ...]
+) -> None:
+    labels, answered = got.query_labels.tolist(), []
+    for query, order in enumerate(ranked):
+        hits = [int(gallery_labels[index]) == labels[query] for index in order]
+        want = [sum(hits[:k]) / k if any(hits) else math.nan for k in ks]
+        assert got.query_precision_at_k[query].tolist() == pytest.approx(want, nan_ok=True)
+        answered += [want] if any(hits) else []
+    means = [sum(column) / len(answered) for column in zip(*answered, strict=True)]
+    assert list(got.precision_at_k) == list(dict.fromkeys(ks))
+    assert [got.precision_at_k[k] for k in ks] == pytest.approx(means)
 
 
 def assert_values(got: RetrievalResult, want: list[tuple[int, int, float, float]]) -> None:
@@ -90,6 +107,7 @@ def assert_values(got: RetrievalResult, want: list[tuple[int, int, float, float]
     assert got.without_reference.tolist() == [i for i, row in enumerate(want) if not row[0]]
     assert got.num_without_reference == len(want) - len(answered)
     assert got.r_precision == pytest.approx(sum(r[2] for r in answered) / len(answered))
+    assert got.mrr == pytest.approx(sum(1 / r[1] for r in answered) / len(answered))
     assert got.map_at_r == pytest.approx(sum(r[3] for r in answered) / len(answered))
     for k, recall in got.recall_at_k.items():
         assert recall == pytest.approx(sum(row[1] <= k for row in answered) / len(answered))
@@ -161,31 +179,24 @@ def test_tiny_sets(num_items: int) -> None:
     assert_matches_loop(x[:1], torch.tensor([5]), x, torch.tensor([5, 5, 6, 6, 7])[:num_items])
 
 
-def test_slices_and_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small tables and tiles drive every loop of the chunked search through many turns."""
-    generator = torch.Generator().manual_seed(3)
-    x = with_exact_ties(60, generator)
-    y = (torch.rand(60, generator=generator) ** 3 * 20).to(torch.int64)
-    monkeypatch.setattr(ranking, "_TABLE_ENTRIES", 150)
-    monkeypatch.setattr(scores, "TILE_ROWS", 8)
-    monkeypatch.setattr(scores, "TILE_COLUMNS", 24)
-    monkeypatch.setattr(scores, "_ROWS_PER_COPY", 7)
-    assert_matches_loop(x, y, chunk_sizes=(1, 17, 1000))
-    assert_matches_loop(x[:25], y[:25], x[25:], y[25:], chunk_sizes=(1, 17, 1000))
+def test_neighbours_have_their_scores() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 6, generator=generator)
+    got = retrieval(x, torch.arange(50) // 2, num_neighbours=5)
+    unit = torch.nn.functional.normalize(x.double(), dim=1)
+    assert got.neighbours is not None and got.neighbour_scores is not None
+    torch.testing.assert_close(
+        got.neighbour_scores.double(), (unit @ unit.t()).gather(1, got.neighbours), rtol=0, atol=2**-23
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_chunk_size_changes_no_bit(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(700, 24, generator=generator).to(dtype)
-    y = torch.randint(0, 150, (700,), generator=generator)
-    results = [retrieval(x, y, num_neighbours=30, chunk_size=chunk_size) for chunk_size in (1, 400, 5000)]
-    for other in results[1:]:
-        assert torch.equal(results[0].neighbours, other.neighbours)
-        assert torch.equal(results[0].query_map_at_r.nan_to_num(), other.query_map_at_r.nan_to_num())
-        assert results[0].recall_at_k == other.recall_at_k
-        assert results[0].map_at_r == other.map_at_r
-        assert results[0].r_precision == other.r_precision
+def test_nearest_excludes_by_index_and_agrees_with_self_retrieval(dtype: torch.dtype) -> None:
+    x = torch.randn(700, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got = retrieval(x, torch.arange(700) // 2, num_neighbours=30)
+    scores, indices = nearest(x, x, 30, exclude=torch.arange(700), memory_mb=1)
+    assert torch.equal(got.neighbours, indices)
+    assert torch.equal(got.neighbour_scores, scores)
 
 
 def test_queries_without_reference_are_listed_and_left_out_of_the_means() -> None:
@@ -232,8 +243,8 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("num_classes", [1, 50, 900])
 def test_no_table_of_all_pairs(num_classes: int) -> None:
-    num_items, entries = scores.TILE_COLUMNS, scores.TILE_ROWS * scores.TILE_COLUMNS
+    num_items = 2 * BLOCK - 1000
     x = torch.randn(num_items, 4, generator=torch.Generator().manual_seed(0))
     with LargestTensor() as largest:
-        retrieval(x, torch.arange(num_items) % num_classes)
-    assert largest.entries == entries == num_items**2 // 8
+        retrieval(x, torch.arange(num_items) % num_classes, memory_mb=64)
+    assert BLOCK**2 <= largest.entries < 1.1 * BLOCK**2
