@@ -111,32 +111,15 @@ def retrieval(
     """
     inputs = exchange.agree(lambda: _check_own(query, query_labels, gallery, gallery_labels, exchange.parts > 1))
     checks.check_memory(memory_mb)
-    low = checks.use_low_precision(precision, query.device)
-    label_parts = exchange.everyone(inputs.query_labels)
-    gallery_parts = label_parts if inputs.gallery is None else exchange.everyone(inputs.gallery_labels)
-    is_self = inputs.gallery is None
-    num_queries, num_items = (sum(len(part) for part in parts) for parts in (label_parts, gallery_parts))
-    if num_queries == 0 or num_items == 0:
-        raise InputError("`query` and `gallery` must not be empty in all parts. Check how they were collected.")
-    ks = checks.check_ranks("ks", ks, num_items - is_self)
-    precision_ks = checks.check_ranks("precision_ks", precision_ks, num_items - is_self)
+    search = _prepare(inputs, exchange, low=checks.use_low_precision(precision, query.device), memory_mb=memory_mb)
+    candidates = search.num_items - search.is_self
+    ks = checks.check_ranks("ks", ks, candidates)
+    precision_ks = checks.check_ranks("precision_ks", precision_ks, candidates)
     if num_neighbours != 0:
-        checks.check_ranks("num_neighbours", [num_neighbours], num_items - is_self)
-    first = sum(len(part) for part in gallery_parts[: exchange.part])
-    items = padded_items(
-        inputs.query if inputs.gallery is None else inputs.gallery, inputs.gallery_labels, first, low=low
-    )
-    unit = items.vectors.exact[: len(inputs.query)] if is_self else unit_vectors(inputs.query)
-    search = Search(exchange, unit, label_parts, items, gallery_parts, is_self=is_self, memory_mb=memory_mb)
-    num_references = torch.cat(search.num_references)
-    if not bool((num_references > 0).any()):
-        raise InputError(
-            f"no query has a same-class item to find: got {num_queries} queries and {num_items} gallery items without "
-            "a pair of one class. Check that both sides number the classes alike."
-        )
+        checks.check_ranks("num_neighbours", [num_neighbours], candidates)
     measures = search.measures(precision_ks)
     nearest = search.nearest(num_neighbours) if num_neighbours else None
-    return _average(measures, num_references, torch.cat(label_parts), ks, precision_ks, nearest)
+    return _average(search, measures, ks, precision_ks, nearest)
 
 
 @dataclass(frozen=True)
@@ -171,15 +154,36 @@ def _check_own(
     )
 
 
+def _prepare(inputs: _Inputs, exchange: Exchange, *, low: bool, memory_mb: int) -> Search:
+    """The search of all parts, from one part's checked arguments."""
+    is_self = inputs.gallery is None
+    label_parts = exchange.everyone(inputs.query_labels)
+    gallery_parts = label_parts if is_self else exchange.everyone(inputs.gallery_labels)
+    if not any(map(len, label_parts)) or not any(map(len, gallery_parts)):
+        raise InputError("`query` and `gallery` must not be empty in all parts. Check how they were collected.")
+    first = sum(len(part) for part in gallery_parts[: exchange.part])
+    own = inputs.query if inputs.gallery is None else inputs.gallery
+    items = padded_items(own, inputs.gallery_labels, first, low=low)
+    unit = items.vectors.exact[: len(inputs.query)] if is_self else unit_vectors(inputs.query)
+    search = Search(exchange, unit, label_parts, items, gallery_parts, is_self=is_self, memory_mb=memory_mb)
+    if not any(bool((counts > 0).any()) for counts in search.num_references):
+        raise InputError(
+            f"no query has a same-class item to find: got {sum(map(len, label_parts))} queries and "
+            f"{search.num_items} gallery items without a pair of one class. Check that both sides number the classes "
+            "alike."
+        )
+    return search
+
+
 def _average(
+    search: Search,
     measures: QueryMeasures,
-    num_references: Tensor,
-    labels: Tensor,
     ks: tuple[int, ...],
     precision_ks: tuple[int, ...],
     nearest: tuple[Tensor, Tensor] | None,
 ) -> RetrievalResult:
     """Means over the queries with a reference."""
+    num_references = torch.cat(search.num_references)
     answerable = num_references > 0
     first_hit = measures.first_hit_rank[answerable]
     without = answerable.logical_not().nonzero().flatten().cpu()
@@ -194,7 +198,7 @@ def _average(
         num_without_reference=len(without),
         without_reference=without,
         num_references=num_references.cpu(),
-        query_labels=labels.cpu(),
+        query_labels=torch.cat(list(search.query_labels)).cpu(),
         first_hit_rank=measures.first_hit_rank.cpu(),
         query_r_precision=measures.r_precision.cpu(),
         query_map_at_r=measures.map_at_r.cpu(),

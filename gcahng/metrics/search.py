@@ -63,6 +63,7 @@ class Search:
         self.exchange, self.unit_queries, self.gallery = exchange, unit_queries, gallery
         self.query_labels, self.is_self, self.memory_mb = query_labels, is_self, memory_mb
         self.classes = ClassIndex.build(gallery.labels)
+        self.num_items = sum(len(labels) for labels in gallery_labels)
         everything = ClassIndex.build(torch.cat(list(gallery_labels)))
         self.num_references = [everything.find(labels)[1] - int(is_self) for labels in query_labels]
         self.first_query = [0, *torch.tensor([len(labels) for labels in query_labels]).cumsum(0).tolist()]
