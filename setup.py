@@ -26,7 +26,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["gcahng", "gcahng.*", "launch", "launch.*", "shards", "shards.*"]),
-    package_data={"gcahng": ["py.typed"]},
+    package_data={"gcahng": ["py.typed"], "gcahng.report": ["paper_results.yaml", "templates/*"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

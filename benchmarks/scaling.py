@@ -15,8 +15,9 @@ from pathlib import Path
 
 import machine
 from graph_arms import Size
+from rank_processes import on_ranks
 from report import Row, write_results, write_rows
-from scaling_counts import RankCounts, all_counts, on_ranks
+from scaling_counts import RankCounts, all_counts
 from scaling_formulas import Costs, Machine, predict
 
 SIZES = ("27x3-D128-L2-N100", "40x2-D128-L1-N100")

@@ -1,21 +1,14 @@
 """One training step on one of several processes, and what it costs there, counted: operations, bytes, messages."""
 
-import os
-import pickle
-import tempfile
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from graph_arms import Size
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -33,8 +26,6 @@ from gcahng.training.step import StepSettings, TrainingStep
 
 # Numbers of an "image": the metric model is next to nothing.
 INPUTS = 8
-GROUP_TIMEOUT_S = 120
-TIME_LIMIT_S = 600.0
 
 
 @dataclass
@@ -218,36 +209,3 @@ def all_counts(ranks: Ranks, sizes: list[Size], keep_bytes: list[int]) -> list[l
         if ranks.size == 1:
             found[-1].append(count_step(ranks, size, keep_bytes[0], with_pairs=False))
     return found
-
-
-def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`work(ranks, *arguments)` on `size` gloo processes; what each returned, by rank.
-
-    Raises:
-        TimeoutError: They take too long.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        started = spawn(_rank, (size, folder, work, arguments), nprocs=size, join=False)
-        assert started is not None
-        deadline = time.monotonic() + TIME_LIMIT_S
-        try:
-            while not started.join(timeout=1.0):
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{size} ranks did not end within {TIME_LIMIT_S:.0f} s.")
-        finally:
-            for process in started.processes:
-                process.kill()
-        return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(size)]
-
-
-def _rank(rank: int, size: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    if size > 1:
-        store = dist.FileStore(os.path.join(folder, "store"), size)
-        timeout = timedelta(seconds=GROUP_TIMEOUT_S)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
-    found = work(Ranks(rank, size), *arguments)
-    Path(folder, str(rank)).write_bytes(pickle.dumps(found))
-    if size > 1:
-        dist.barrier()
-        dist.destroy_process_group()

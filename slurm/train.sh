@@ -39,41 +39,8 @@ if [[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]] && compgen -G "$run_dir/step-*/manife
     arguments+=("train.resume=auto")
 fi
 
-nodes="${SLURM_JOB_NUM_NODES:-1}"
-per_node="${GCAHNG_PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}"
-if [[ -z "${MASTER_ADDR:-}" ]]; then
-    hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
-    MASTER_ADDR="${hosts%%$'\n'*}"
-fi
-# Below 30000: the ports above are given to connections that go out.
-MASTER_PORT="${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}"
-threads="$((${SLURM_CPUS_ON_NODE:-1} / per_node))"
-# Without it the launcher gives each process one.
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}"
-export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
-
-launcher=(
-    "$GCAHNG_PYTHON" -m accelerate.commands.launch
-    --num_machines "$nodes" --num_processes "$((nodes * per_node))"
-    --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT"
-    --rdzv_backend static --mixed_precision no --dynamo_backend no
-)
-if [[ -n "${GCAHNG_DEEPSPEED:-}" ]]; then
-    # Not pdsh, DeepSpeed's own way to other nodes: SLURM has started a launcher on each already.
-    launcher+=(
-        --use_deepspeed --deepspeed_config_file "$GCAHNG_DEEPSPEED" --deepspeed_multinode_launcher standard
-        --zero3_init_flag false
-    )
-elif [[ "$((nodes * per_node))" -gt 1 ]]; then
-    launcher+=(--multi_gpu) # on CPUs too, with ACCELERATE_USE_CPU=true
-fi
-
+plan_ranks
 mkdir -p "$run_dir/slurm"
 echo "job $SLURM_JOB_ID: $nodes nodes x $per_node processes, rank 0 at $MASTER_ADDR:$MASTER_PORT, logs in $run_dir/slurm"
-
-# Each node puts its own number between the launcher's options and the command: SLURM_NODEID is known there alone.
-# shellcheck disable=SC2016
-exec srun --kill-on-bad-exit=1 --ntasks="$nodes" --ntasks-per-node=1 \
-    --output="$run_dir/slurm/%j-%n.log" --open-mode=append \
-    bash -c 'exec "${@:2:$1}" --machine_rank "$SLURM_NODEID" "${@:$1 + 2}"' node "${#launcher[@]}" "${launcher[@]}" \
-    launch/train.py "${arguments[@]}"
+srun_options=(--output="$run_dir/slurm/%j-%n.log" --open-mode=append)
+start_ranks launch/train.py "${arguments[@]}"

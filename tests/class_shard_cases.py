@@ -252,7 +252,7 @@ def all_of(ranks: Ranks, starts: Mapping[str, Any]) -> dict[str, Any]:
     }
     found |= {name: trace(name, ranks, sharded=True) for name in CASES}
     for name, start in starts.items():
-        # Copies: processes get tensors in memory that they share, and optimisers write there.
+        # Copies: in one process they are those of the tests, and optimisers write there.
         found[f"resumed {name}"] = trace(name, ranks, sharded=True, start=copy.deepcopy(start))
     for name, case in SPOILT.items():
         found[f"spoilt {name}"] = spoilt(CASES[case], ranks, name)

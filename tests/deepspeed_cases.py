@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from ddp_cases import WarmUpCase
 from exact_cases import ExactCase, run_case
 from launched_here import launched_here, small_config
+from own_row_losses import MixedLoss, OnlyOwn
 from step_cases import averages_of
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -102,47 +103,6 @@ class Backends:
         return backend
 
 
-class OwnCentres(nn.Module):
-    """Centres of its own on each rank, one more on each next."""
-
-    own_rows = True
-
-    def __init__(self, dim: int, ranks: Ranks) -> None:
-        super().__init__()
-        self.centres = nn.Parameter(torch.linspace(-1, 1, (2 + ranks.rank) * dim).view(-1, dim))
-        self.register_buffer("rank", torch.tensor(float(ranks.rank)))
-
-    def forward(self, z: Tensor) -> Tensor:
-        return torch.cdist(z, self.centres).square().mean()
-
-
-class MixedLoss(nn.Module):
-    """A shared centre, one that only the first rank uses, and own ones; they start elsewhere on each rank."""
-
-    def __init__(self, dim: int, ranks: Ranks) -> None:
-        super().__init__()
-        self.own = OwnCentres(dim, ranks)
-        self.shared = nn.Parameter(torch.full((dim,), float(ranks.rank)))
-        self.sometimes = nn.Parameter(torch.full((dim,), float(ranks.rank)))
-        self.register_buffer("start", torch.tensor(float(ranks.rank)))
-        self.ranks = ranks
-
-    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        loss = (z - self.shared).square().mean() + self.own(z)
-        return loss + (z.detach() - self.sometimes).square().mean() if self.ranks.first else loss
-
-
-class OnlyOwn(nn.Module):
-    """Nothing but own centres."""
-
-    def __init__(self, dim: int, ranks: Ranks) -> None:
-        super().__init__()
-        self.own = OwnCentres(dim, ranks)
-
-    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        return self.own(z)
-
-
 @dataclass(frozen=True, kw_only=True)
 class OtherParts(WarmUpCase):
     """With parts changed.
@@ -180,6 +140,12 @@ CASES: dict[str, ExactCase] = {
     "own rows within a part": OtherParts(metric_loss=MixedLoss, num_classes=5, steps=2),
     "own rows alone, frozen group": OtherParts(metric_loss=OnlyOwn, frozen=99, num_classes=5, steps=2),
 }
+# What stages 0 and 1 do otherwise than stage 2 and DDP shows in these; `make test-full` has all in each.
+OWN_ROWS = ("own rows within a part", "own rows alone, frozen group")
+ENOUGH = {
+    "zero-0": ("warm-up, proxies, dropout", "SGD, frozen layer", *OWN_ROWS),
+    "zero-1": ("warm-up, proxies, dropout", "fused, no wait", *OWN_ROWS),
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "overlap_comm": {"overlap_comm": True},
     "separate gradients": {"contiguous_gradients": False},
@@ -200,9 +166,10 @@ def numbers(case: ExactCase, ranks: Ranks, launched: Launched, precision: str = 
     }
 
 
-def run_cases(ranks: Ranks, launched: Launched) -> dict[str, Any]:
-    found: dict[str, Any] = {name: numbers(case, ranks, launched) for name, case in CASES.items()}
-    found["bf16"] = numbers(TO_CLIP, ranks, launched, "bf16")
+def run_cases(ranks: Ranks, launched: Launched, names: Collection[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {name: numbers(CASES[name], ranks, launched) for name in names if name != "bf16"}
+    if "bf16" in names:
+        found["bf16"] = numbers(TO_CLIP, ranks, launched, "bf16")
     if launched.kind == DDP:
         found["no clipping"] = numbers(replace(TO_CLIP, clip=None), ranks, launched)
     return found
@@ -368,14 +335,15 @@ RESUMES = {
 }
 
 
-def all_of_it(ranks: Ranks) -> dict[str, dict[str, Any]]:
-    """What the tests look at, by kind of launch, in one start of the processes."""
+def all_of_it(ranks: Ranks, every: bool) -> dict[str, dict[str, Any]]:
+    """What the tests look at, by kind of launch, in one start of the processes; `every`: all cases in each stage."""
     warnings.simplefilter("ignore")  # of DeepSpeed's own
     found: dict[str, dict[str, Any]] = {kind: {} for kind in (DDP, *STAGES)}
     saved: dict[str, Any] = {"plain": begin(ONE, None)}
     for kind, of_kind in found.items():
         with launched_as(kind, ranks) as launched:
-            of_kind["cases"] = run_cases(ranks, launched)
+            names = [*CASES, "bf16"]
+            of_kind["cases"] = run_cases(ranks, launched, names if every else ENOUGH.get(kind, names))
             saved[kind] = begin(ranks, launched)
             if kind != DDP:
                 of_kind["spoilt"] = spoilt(ranks, launched, deferred=kind == "zero-1")

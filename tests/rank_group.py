@@ -1,9 +1,11 @@
 """Real processes that talk over gloo: one function on W ranks, its results by rank.
 
-A group is spawned once and given all its work, since starting Python and torch takes seconds. Ranks meet through a
-file, so no port is needed; whoever hangs is killed when time is up, and the test fails.
+A group is started once and given all its work. Importing torch and the library takes seconds: one idle process does it
+for all groups of a session, and ranks are forked from that. Ranks meet through a file, so no port is needed; whoever
+hangs is killed when time is up, and the test fails.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -22,6 +24,9 @@ from gcahng.distributed import Ranks
 
 GROUP_TIMEOUT_S = 60
 TIME_LIMIT_S = 240.0
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["gcahng.training.trainer"])
 
 
 class RankFailure(AssertionError):
@@ -46,10 +51,11 @@ def run_ranks(
     Raises:
         RankFailure: With the traceback of the rank that failed first.
     """
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
+        # Not as arguments of the processes: those would get tensors as memory to share, of which only so many can be.
+        Path(folder, "work").write_bytes(pickle.dumps((work, arguments)))
         processes = [
-            context.Process(target=_rank, args=(rank, size, folder, group_timeout, work, arguments), daemon=True)
+            _CONTEXT.Process(target=_rank, args=(rank, size, folder, group_timeout, dict(os.environ)), daemon=True)
             for rank in range(size)
         ]
         for process in processes:
@@ -86,11 +92,15 @@ def _errors(folder: Path) -> str:
     return "".join(f"\n\n--- {file.name}\n{file.read_text()}" for file in files)
 
 
-def _rank(
-    rank: int, size: int, folder: str, group_timeout: float, work: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+def _rank(rank: int, size: int, folder: str, group_timeout: float, environment: dict[str, str]) -> None:
+    # Not as it was when the first group started.
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     try:
+        work, arguments = pickle.loads(Path(folder, "work").read_bytes())
+        # Backends collect garbage when they close: a quarter of a second, through all that torch has ever made.
+        gc.freeze()
         if size > 1:
             store = dist.FileStore(os.path.join(folder, "store"), size)
             dist.init_process_group(

@@ -42,6 +42,11 @@ class ConstantClassifier:
         """(..., N) of (..., D) by autograd's own operations, with gradient to x alone."""
         return product(x, self.weight.detach(), None if self.bias is None else self.bias.detach(), self.low)
 
+    def predictions(self, x: Tensor) -> Tensor:
+        """(R,) int64 the class of each row's largest logit, of (R, D)."""
+        found = [product(x[rows], self.weight, self.bias, self.low).argmax(1) for rows in self._slices(x)]
+        return torch.cat(found) if found else x.new_empty(0, dtype=torch.int64)
+
     def cross_entropy(
         self, x: Tensor, labels: Tensor, counted: Tensor | None, *, gradient: bool
     ) -> tuple[Tensor, Tensor]:

@@ -223,7 +223,7 @@ def _add_chunk(call: _Call, work: ChunkSynthesis, sums: Tensor, gradient: bool) 
     for way in work.ways:
         synthetic = work.negatives(way)
         real, other = work.counted(way)
-        labels = _labels(call, work, way).expand(synthetic.shape[:-1])
+        labels = work.entry_labels(way, call.class_labels).expand(synthetic.shape[:-1])
         rows = None if real is None else real.expand(labels.shape).reshape(-1)
         loss, grad = call.classifier.cross_entropy(
             synthetic.view(-1, synthetic.shape[-1]), labels.reshape(-1), rows, gradient=gradient
@@ -251,16 +251,6 @@ def _cosines(way: Way, synthetic: Tensor, counted: Tensor | None) -> tuple[Tenso
     if counted is None:
         return away, by_anchor, by_synthetic
     return away * counted, by_anchor * counted, by_synthetic * counted
-
-
-def _labels(call: _Call, work: ChunkSynthesis, way: Way) -> Tensor:
-    """Training labels of the entries' classes, (n, 1, m) or (n, m, 1)."""
-    batch, chunk = call.batch, work.chunk
-    inside = torch.arange(batch.block_classes, device=chunk.first.device)
-    blocks = chunk.second if way.axis == 2 else chunk.first
-    classes = blocks[:, None] * batch.block_classes + inside
-    # Padding takes any label.
-    return call.class_labels[classes.clamp_max(batch.num_classes - 1)].unsqueeze(3 - way.axis)
 
 
 def _write(call: _Call, gradient: ReadOutGradient, part: ChunkRows, pulls: Pulls, by_pulls: Pulls) -> None:

@@ -191,6 +191,15 @@ class ChunkSynthesis:
         other = (own[:, None] != own[::num_samples]).to(dtype)
         return real, other if real is None else real * other
 
+    def entry_labels(self, way: Way, class_labels: Tensor) -> Tensor:
+        """Labels of the entries' classes, (n, 1, m) or (n, m, 1), from those of all classes, (P,)."""
+        batch, chunk = self.batch, self.chunk
+        inside = torch.arange(batch.block_classes, device=chunk.first.device)
+        blocks = chunk.second if way.axis == 2 else chunk.first
+        classes = blocks[:, None] * batch.block_classes + inside
+        # Padding takes any label.
+        return class_labels[classes.clamp_max(batch.num_classes - 1)].unsqueeze(3 - way.axis)
+
     def coefficient_gradients(self, grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Gradients of lambda from those of the synthetic negatives of each direction.
 

@@ -9,9 +9,7 @@ from typing import Any
 from gcahng.errors import ConfigError
 from gcahng.training import checkpoint
 from gcahng.training.config import Config, load_config
-from gcahng.training.run_log import METRICS_FILE, read_rows
-
-HARDNESS_FILE = "hardness.jsonl"
+from gcahng.training.run_log import HARDNESS_FILE, METRICS_FILE, read_rows
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class RunData:
         return path if path.exists() else None
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """Rows of `metrics.jsonl` of one kind ("train", "eval", ...)."""
+        """Rows of `metrics.jsonl` of one kind ("step" or "evaluation")."""
         return [row for row in self.rows if row.get("kind") == kind]
 
 

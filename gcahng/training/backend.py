@@ -204,3 +204,18 @@ def spoil(gradients: Sequence[Tensor], gate: Tensor) -> None:
     if gradients:
         smallest = min(gradients, key=Tensor.numel)
         smallest.masked_fill_(gate.bool(), math.nan)
+
+
+def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers by name."""
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of which each rank has its own rows (of modules with `own_rows = True`), by name."""
+    owners = [(prefix, m) for prefix, m in module.named_modules() if getattr(m, "own_rows", False)]
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, owner in owners
+        for name, tensor in named_tensors(owner)
+    }

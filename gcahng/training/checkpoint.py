@@ -28,6 +28,7 @@ STATE = "state.json"
 CONFIG = "config.yaml"
 LINKS = ("last", "best", "best_test")
 PARTIAL = ".partial"
+_LISTED = 5  # differing entries of one kind that an error names
 
 
 def save_checkpoint(
@@ -170,22 +171,34 @@ def load_module(module: nn.Module, folder: Path, name: str) -> None:
     """Load one part exactly.
 
     Raises:
-        ConfigError: Names or shapes differ; the message lists them.
+        ConfigError: Names or shapes differ; the message counts them and lists the first of each kind.
     """
     saved, own = read_tensors(folder, name), module.state_dict()
-    faults = [f"{key} is missing" for key in own.keys() - saved.keys()]
-    faults += [f"{key} is not in the model" for key in saved.keys() - own.keys()]
-    faults += [
-        f"{key} has shape {tuple(saved[key].shape)}, the model {tuple(own[key].shape)}"
-        for key in own.keys() & saved.keys()
-        if own[key].shape != saved[key].shape
-    ]
+    faults = _differences(saved, own)
     if faults:
+        listing = "\n".join(f"  {fault}" for fault in faults)
         raise ConfigError(
-            f"Checkpoint {folder} does not fit part `{name}`: " + "; ".join(sorted(faults)[:8]) + ". "
-            "Use the configuration it was trained with."
+            f"Checkpoint {folder} does not fit part `{name}`, expected {len(own)} entries, got {len(saved)}:\n"
+            f"{listing}\nUse the configuration it was trained with, without other settings of the model."
         )
     module.load_state_dict(saved)
+
+
+def _differences(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """How a checkpoint's entries differ from a module's: one line each for missing, unknown, and other shapes."""
+    other = [key for key in own if key in saved and own[key].shape != saved[key].shape]
+    shapes = [f"{key} has {tuple(saved[key].shape)}, the model {tuple(own[key].shape)}" for key in other]
+    kinds = {
+        "missing in the checkpoint": [key for key in own if key not in saved],
+        "not in the model": [key for key in saved if key not in own],
+        "of another shape": shapes,
+    }
+    lines = []
+    for kind, entries in kinds.items():
+        more = f", and {len(entries) - _LISTED} more" if len(entries) > _LISTED else ""
+        if entries:
+            lines.append(f"{len(entries)} {kind}: {', '.join(entries[:_LISTED])}{more}")
+    return lines
 
 
 def optimizer_parts(folder: Path) -> list[str]:

@@ -54,6 +54,9 @@ def _increasing(values: tuple[int, ...]) -> bool:
 _POSITIVE = Limit(lambda value: value > 0, "be above 0")
 _NOT_NEGATIVE = _at_least(0)
 _NOT_EMPTY = Limit(lambda value: value.strip() != "", "not be empty")
+_DISTINCT = Limit(
+    lambda names: all(name.strip() for name in names) and len(set(names)) == len(names), "be different names"
+)
 _SHARE = Limit(lambda value: 0 <= value < 1, "lie in [0, 1)")
 
 LIMITS: tuple[tuple[str, Limit], ...] = (
@@ -117,6 +120,7 @@ LIMITS: tuple[tuple[str, Limit], ...] = (
     ),
     ("train.init_from", _NOT_EMPTY),
     ("train.log_every", _at_least(1)),
+    ("train.record_every", _NOT_NEGATIVE),
     ("train.keep_last", _at_least(1)),
     ("train.max_steps_per_epoch", _at_least(1)),
     ("distributed.timeout_seconds", _at_least(1)),
@@ -127,9 +131,17 @@ LIMITS: tuple[tuple[str, Limit], ...] = (
         Limit(lambda ks: len(ks) > 0 and _increasing(ks), "be increasing numbers of at least 1"),
     ),
     ("eval.batch_size", _at_least(1)),
-    ("eval.chunk_size", _at_least(1)),
+    ("eval.memory_mb", _at_least(1)),
+    ("eval.precision_ks", Limit(_increasing, "be increasing numbers of at least 1")),
     ("eval.split", _NOT_EMPTY),
     ("eval.gallery_split", _NOT_EMPTY),
+    ("eval.galleries", _DISTINCT),
+    ("eval.distractor_splits", _DISTINCT),
+    ("eval.coarse_label", _NOT_EMPTY),
+    (
+        "eval.coarse_ks",
+        Limit(lambda ks: len(ks) > 0 and _increasing(ks), "be increasing numbers of at least 1"),
+    ),
     ("run.dir", _NOT_EMPTY),
 )
 
@@ -170,6 +182,41 @@ def _transform_fault(*values: Any) -> str | None:
         return str(error).rstrip(".")
     return None
 
+
+_EVAL_RELATIONS = (
+    Relation(
+        ("eval.gallery_split", "eval.protocol", "eval.split", "eval.galleries"),
+        lambda gallery, protocol, split, several: (
+            protocol == "query_gallery" and not several and gallery in (None, split)
+        ),
+        "must name another split than eval.split for eval.protocol=query_gallery: got {0}",
+    ),
+    Relation(
+        ("eval.gallery_split", "eval.galleries"),
+        lambda gallery, several: gallery is not None and bool(several),
+        "names one gallery, eval.galleries ({1}) several: got {0}. Set one of the two to null or []",
+    ),
+    Relation(
+        ("eval.galleries", "eval.split"),
+        lambda several, split: split in several,
+        "must name other splits than eval.split: got {0}",
+    ),
+    Relation(
+        ("eval.gallery_split", "eval.protocol"),
+        lambda gallery, protocol: protocol == "self" and gallery is not None,
+        "eval.protocol=self searches no other split: got {0}. Set it to null, or eval.protocol=query_gallery",
+    ),
+    Relation(
+        ("eval.galleries", "eval.protocol"),
+        lambda several, protocol: protocol == "self" and bool(several),
+        "eval.protocol=self searches no other split: got {0}. Set it to [], or eval.protocol=query_gallery",
+    ),
+    Relation(
+        ("eval.distractor_splits", "eval.split", "eval.gallery_split", "eval.galleries"),
+        lambda distractors, split, gallery, several: not {split, gallery, *several}.isdisjoint(distractors),
+        "must name other splits than those of queries and galleries: got {0}",
+    ),
+)
 
 RELATIONS: tuple[Relation, ...] = (
     Relation(
@@ -223,16 +270,7 @@ RELATIONS: tuple[Relation, ...] = (
         lambda precision, device: precision == "fp16" and device == "cpu",
         "fp16 needs CUDA, but train.device is cpu. Set train.precision=bf16 or fp32",
     ),
-    Relation(
-        ("eval.gallery_split", "eval.protocol", "eval.split"),
-        lambda gallery, protocol, split: protocol == "query_gallery" and gallery in (None, split),
-        "must name another split than eval.split for eval.protocol=query_gallery: got {0}",
-    ),
-    Relation(
-        ("eval.gallery_split", "eval.protocol"),
-        lambda gallery, protocol: protocol == "self" and gallery is not None,
-        "eval.protocol=self searches no other split: got {0}. Set it to null, or eval.protocol=query_gallery",
-    ),
+    *_EVAL_RELATIONS,
 )
 
 

@@ -8,6 +8,8 @@ arguments belong to the component named beside them; an override may set one ent
 
 import dataclasses
 import difflib
+import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
@@ -22,6 +24,13 @@ from gcahng.training.config_types import Mismatch, convert, show
 from gcahng.training.config_yaml import parse_yaml, read_yaml
 
 COMMAND_LINE = "command line"
+
+log = logging.getLogger(__name__)
+
+RETIRED = {
+    "eval.chunk_size": "the search takes `eval.memory_mb` of memory instead",
+}
+"""Settings of earlier versions: files that hold them still load (checkpoints do), without their value."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -118,12 +127,21 @@ def _add_tree(layers: _Layers, tree: Any, source: str, key: str = "") -> None:
         return
     for name, value in tree.items():
         full = f"{key}.{name}" if key else str(name)
-        if name not in fields:
+        if full in RETIRED and source != COMMAND_LINE:
+            _warn_retired(full, source)
+        elif full in RETIRED:
+            layers.add_fault(full, source, f"no setting any more: {RETIRED[full]}. Leave it out")
+        elif name not in fields:
             layers.add_fault(full, source, _unknown(str(name), key, list(fields)))
         elif dataclasses.is_dataclass(fields[name]):
             _add_tree(layers, value, source, full)
         else:
             layers.leaves[full] = _Leaf(value, source)
+
+
+@functools.cache  # once for each file, however often it is read
+def _warn_retired(key: str, source: str) -> None:
+    log.warning("%s (%s) is no setting any more and is ignored: %s.", key, source, RETIRED[key])
 
 
 def _add_override(layers: _Layers, override: str) -> None:

@@ -264,6 +264,9 @@ class TrainConfig:
     """Checkpoint whose weights start a new run; the classes may differ."""
     log_every: int = 10
     """Steps between two logged steps."""
+    record_every: int | None = None
+    """Steps between two records of how hard the negatives are (`hardness.jsonl`), from the first step on; null: the
+    first step of each epoch; 0: none."""
     keep_last: int = 1
     """Newest checkpoints kept, besides the best ones."""
     max_steps_per_epoch: int | None = None
@@ -306,14 +309,28 @@ class EvalConfig:
     """Values of k of Recall@k, increasing."""
     batch_size: int = 128
     """Images embedded at once."""
-    chunk_size: int = 1024
-    """Queries ranked at once: rows of one tile of similarities."""
+    memory_mb: int = 512
+    """Memory that the search may take beside the embeddings, on each rank; results do not depend on it."""
+    precision_ks: tuple[int, ...] = ()
+    """Values of k of Precision@k, increasing; none by default."""
     protocol: Literal["self", "query_gallery"] = "self"
-    """Every image queries all the others, or one split queries another."""
+    """Every image queries all the others, or one split queries others (the training split, say)."""
     split: str = "test"
     """Split that is evaluated; with `query_gallery` the split of the queries."""
     gallery_split: str | None = None
     """Split that is searched (`query_gallery` only)."""
+    galleries: tuple[str, ...] = ()
+    """Several splits in place of gallery_split: each is searched alone and reported under its name; the first one's
+    metrics are those of the run."""
+    distractor_splits: tuple[str, ...] = ()
+    """Splits that are searched as well, and show none of the queries' classes."""
+    coarse_label: str | None = None
+    """Column of the classes with a coarser label: `chain_name` of Hotels-50K, `super_class` of Stanford Online
+    Products. Adds the share of queries with that label among the k nearest (chain accuracy)."""
+    coarse_ks: tuple[int, ...] = (1, 3, 5)
+    """Values of k for it, increasing."""
+    clustering: bool = False
+    """launch/evaluate.py adds NMI and AMI of k-means clusters; not in training."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ def convert(value: Any, expected: Any) -> Any:
 
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_PLURALS = {int: "whole numbers", float: "numbers"}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 # Words of earlier versions; the graph says the same (`gcahng.graph.backends`), but a configuration loads without torch.
 _RENAMED = {"pairs": "eager"}
 

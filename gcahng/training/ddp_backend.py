@@ -27,7 +27,7 @@ from gcahng.errors import InputError
 from gcahng.graph import GraphNetwork
 from gcahng.losses import ProxyAnchorLoss
 from gcahng.models import Embedder
-from gcahng.training.backend import PlainBackend, Precision, gradients_of, spoil
+from gcahng.training.backend import PlainBackend, Precision, gradients_of, named_tensors, own_tensors, spoil
 from gcahng.training.launched import Launched
 from gcahng.training.optimizers import PassGate
 
@@ -88,7 +88,7 @@ class DistributedBackend(PlainBackend):
         accelerator = launched.accelerator
         assert accelerator is not None
         self._accelerator = accelerator
-        own = {name: _own_tensors(module) for name, module in self.modules.items()}
+        own = {name: set(own_tensors(module)) for name, module in self.modules.items()}
         self._own = own
         self._with_own_rows = [self.optimizers[name] for name in self.optimizers if own[name]]
         averaged = {name: _averaged(module, own[name]) for name, module in self.modules.items()}
@@ -99,7 +99,7 @@ class DistributedBackend(PlainBackend):
         }
         for name, module in self.modules.items():
             # DDP sends the parameters of what it wraps.
-            for key, tensor in module.named_buffers() if name in self._wrapped else _tensors(module):
+            for key, tensor in module.named_buffers() if name in self._wrapped else named_tensors(module):
                 if key not in own[name]:
                     dist.broadcast(tensor.detach(), 0, group=self.ranks.group)
 
@@ -220,13 +220,3 @@ def _wrapped(module: nn.Module, own: set[str], accelerator: "Accelerator", searc
     accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=search is _Search.EACH_PASS)
     wrapped: nn.Module = accelerator.prepare_model(part, device_placement=False)
     return wrapped
-
-
-def _own_tensors(module: nn.Module) -> set[str]:
-    """Names of the parameters and buffers of which each rank has its own rows."""
-    owners = [(prefix, m) for prefix, m in module.named_modules() if getattr(m, "own_rows", False)]
-    return {f"{prefix}.{name}" if prefix else name for prefix, owner in owners for name, _ in _tensors(owner)}
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from gcahng.distributed import Ranks
 from gcahng.errors import ConfigError
-from gcahng.training.backend import PlainBackend, Precision, gradients_of
+from gcahng.training.backend import PlainBackend, Precision, gradients_of, own_tensors
 from gcahng.training.deepspeed_checks import check_engine, check_precision, check_trained
 from gcahng.training.deepspeed_state import Layout, check_zero_optimizer, gathered_state, load_gathered_state
 from gcahng.training.launched import Launched
@@ -82,7 +82,7 @@ class DeepSpeedBackend(PlainBackend):
 
     def _make_engines(self, accelerator: "Accelerator") -> None:
         for name, module in self.modules.items():
-            own = own_tensors(module)
+            own = {id(tensor) for tensor in own_tensors(module).values()}
             if name in self.optimizers and any(id(p) not in own for p in module.parameters()):
                 self._engines[name] = PartEngine(
                     name, module, self.optimizers[name], self.gates[name], accelerator, self.ranks
@@ -171,7 +171,7 @@ class PartEngine:
         self.optimizer = optimizer
         self.gate = gate
         self.ranks = ranks
-        own = own_tensors(module)
+        own = {id(tensor) for tensor in own_tensors(module).values()}
         self.layout = Layout.of(optimizer, own)
         check_trained(name, module, optimizer, self.stage)
         self._names = {id(parameter): key for key, parameter in module.named_parameters()}
@@ -362,12 +362,6 @@ class PartEngine:
         if not self._closed:
             self._closed = True
             self._engine.destroy()
-
-
-def own_tensors(module: nn.Module) -> set[int]:
-    """Ids of the parameters and buffers of which each rank has its own rows."""
-    owners = [inner for inner in module.modules() if getattr(inner, "own_rows", False)]
-    return {id(tensor) for owner in owners for tensor in [*owner.parameters(), *owner.buffers()]}
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from gcahng.data.shards.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifes
 from gcahng.data.sources.glyphs import Glyphs
 from gcahng.errors import ConfigError, TrainingError
 from gcahng.training.config import load_config
-from gcahng.training.neighbours import draw_neighbours
 from gcahng.training.results import metric_columns
 
 NUM_CLASSES = 800
@@ -39,7 +38,7 @@ class DemoPaths:
         config: The configuration of both runs.
         train_command: The training script.
         data: Shard folder, made if absent.
-        runs: Folder for the runs and the picture.
+        runs: Folder for the runs and their report.
     """
 
     config: Path
@@ -51,7 +50,7 @@ class DemoPaths:
 def run_demo(
     paths: DemoPaths, seed: int = 0, overrides: Sequence[str] = (), *, num_classes: int = NUM_CLASSES
 ) -> dict[str, dict[str, Any]]:
-    """Convert, train both systems, evaluate, print the table, draw the picture.
+    """Convert, train both systems, evaluate, print the table.
 
     Args:
         paths: Where things are.
@@ -71,13 +70,7 @@ def run_demo(
         run_dir = paths.runs / f"seed-{seed}" / name
         print(f"Training {title}, seed {seed} ...", flush=True)
         results[name] = _train(paths, run_dir, (*overrides, f"seed={seed}", *settings))
-    picture = draw_neighbours(
-        paths.runs / f"seed-{seed}" / "gca_hng" / "last",
-        paths.runs / f"seed-{seed}" / "neighbours.png",
-        title=f"GCA-HNG, seed {seed}: unseen characters and their nearest neighbours",
-    )
     print(demo_table(results))
-    print(f"\nQueries with their nearest neighbours, right and wrong ones marked: {picture}")
     return results
 
 

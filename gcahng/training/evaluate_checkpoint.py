@@ -1,6 +1,7 @@
-"""Evaluate a saved metric model on any converted data set, or on plain tars."""
+"""Evaluate a saved metric model on any converted data set, or on plain tars, with one rank or several."""
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,43 +10,55 @@ from typing import Any
 import torch
 
 from gcahng.data.shards.reader import ShardSet
+from gcahng.distributed import ONE, Ranks
+from gcahng.distributed.agreement import agreed, check_same
 from gcahng.models import Embedder
 from gcahng.training import checkpoint
-from gcahng.training.config import Config, load_config
+from gcahng.training.config import Config, load_config, resolved_yaml
 from gcahng.training.data_setup import data_store, image_transform
 from gcahng.training.evaluation import (
     EmbeddingSettings,
+    Evaluation,
     TarSets,
     as_row,
     check_evaluation,
     evaluate,
     evaluate_tars,
 )
+from gcahng.training.launched import Launched
 from gcahng.training.parts import build_metric_model, choose_device
 
 log = logging.getLogger(__name__)
 
 
-def load_metric_model(path: Path, overrides: Sequence[str] = ()) -> tuple[Embedder, Config]:
+def load_metric_model(
+    path: Path, overrides: Sequence[str] = (), *, device: torch.device | None = None
+) -> tuple[Embedder, Config]:
     """The metric model of a checkpoint and the configuration it was trained with.
 
     Args:
         path: Checkpoint folder, a link to one, or a file inside.
         overrides: `section.key=value`, for example another data.dir.
+        device: Where to put it; by default where `train.device` says.
     Raises:
         ConfigError: There is no checkpoint, or it does not fit.
         DataError: The checkpoint is damaged.
     """
     folder = checkpoint.find_checkpoint(path)
     checkpoint.verify(folder)
-    config = _evaluation_config(folder / checkpoint.CONFIG, overrides)
+    config = evaluation_config(folder, overrides)
     model = build_metric_model(config.model, load_weights=False)
     checkpoint.load_module(model, folder, "metric_model")
-    return model.to(choose_device(config.train.device)).eval(), config
+    return model.to(choose_device(config.train.device) if device is None else device).eval(), config
 
 
-def _evaluation_config(file: Path, overrides: Sequence[str]) -> Config:
-    """The configuration, where fp16 and a CPU go together: that rule is for training, embedding falls back."""
+def evaluation_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """A checkpoint's configuration, where fp16 and a CPU go together: that rule is for training, embedding falls back.
+
+    Raises:
+        ConfigError: There is no checkpoint, or a setting is impossible.
+    """
+    file = checkpoint.find_checkpoint(path) / checkpoint.CONFIG
     device = load_config(file, [*overrides, "train.precision=fp32"]).train.device
     config = load_config(file, [*overrides, "train.device=auto"])
     return dataclasses.replace(config, train=dataclasses.replace(config.train, device=device))
@@ -84,7 +97,7 @@ def evaluate_checkpoint(
     save_to: Path | None = None,
     progress_bars: bool = False,
 ) -> dict[str, Any]:
-    """Metrics of a checkpoint as a row (see `gcahng.training.evaluation.as_row`).
+    """Metrics of a checkpoint as a row (see `gcahng.training.evaluation.as_row`), by this process alone.
 
     Args:
         path: Checkpoint folder, a link to one, or a file inside.
@@ -96,10 +109,72 @@ def evaluate_checkpoint(
         ConfigError: There is no checkpoint, it does not fit, or a k exceeds what a query can find.
         DataError: Checkpoint or data are damaged, or the split cannot be evaluated.
     """
-    model, config = load_metric_model(path, overrides)
-    settings = embedding_settings(config, progress_bars=progress_bars)
-    if tars is not None:
-        return as_row(evaluate_tars(model, tars, config.eval, settings, save_to=save_to))
-    shards = ShardSet.open(config.data.dir, store=data_store(config.data))
-    check_evaluation(shards, config.eval)
-    return as_row(evaluate(model, shards, config.eval, settings, save_to=save_to))
+    started = Launched(ONE, choose_device(evaluation_config(path, overrides).train.device), "plain")
+    return as_row(evaluation_of(path, overrides, started, tars=tars, save_to=save_to, progress_bars=progress_bars))
+
+
+def evaluation_of(
+    path: Path,
+    overrides: Sequence[str],
+    started: Launched,
+    *,
+    tars: TarSets | None = None,
+    save_to: Path | None = None,
+    keep_embeddings: bool = False,
+    num_neighbours: int = 0,
+    progress_bars: bool = False,
+) -> Evaluation:
+    """Evaluate a checkpoint on one rank or several; arguments and errors as of `evaluate_checkpoint`.
+
+    Args:
+        started: How this process was started; every rank calls this.
+        keep_embeddings: Return the embeddings, on rank 0.
+        num_neighbours: Nearest neighbours to return per query.
+    """
+    ranks = started.ranks
+
+    def read() -> tuple[Embedder, Config, ShardSet | None]:
+        model, config = load_metric_model(path, overrides, device=started.device)
+        if tars is not None:
+            return model, config, None
+        shards = ShardSet.open(config.data.dir, store=data_store(config.data))
+        check_evaluation(shards, config.eval)
+        return model, config, shards
+
+    model, config, shards = agreed(ranks, read)
+    _check_same(ranks, path, config, shards)
+    bars = progress_bars and ranks.first
+    settings = embedding_settings(config, device=started.device, progress_bars=bars)
+    if shards is None:
+        assert tars is not None
+        return evaluate_tars(
+            model,
+            tars,
+            config.eval,
+            settings,
+            num_neighbours=num_neighbours,
+            save_to=save_to,
+            keep_embeddings=keep_embeddings,
+            ranks=ranks,
+        )
+    return evaluate(
+        model,
+        shards,
+        config.eval,
+        settings,
+        num_neighbours=num_neighbours,
+        save_to=save_to,
+        keep_embeddings=keep_embeddings,
+        ranks=ranks,
+    )
+
+
+def _check_same(ranks: Ranks, path: Path, config: Config, shards: ShardSet | None) -> None:
+    """Ranks that embed with other weights, settings or data would rank a mixture."""
+    manifest = (checkpoint.find_checkpoint(path) / checkpoint.MANIFEST).read_bytes()
+    facts = {
+        "checkpoint": hashlib.sha256(manifest).hexdigest()[:12],
+        "configuration": hashlib.sha256(resolved_yaml(config).encode()).hexdigest()[:12],
+        "data (manifest)": "tars" if shards is None else shards.manifest.digest()[:12],
+    }
+    check_same(ranks, facts)

@@ -1,7 +1,7 @@
-"""Rank what was embedded: splits of a shard folder, or plain tars."""
+"""Rank what was embedded: splits of a shard folder, or plain tars, by the protocol of the configuration."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,20 @@ from gcahng.data.shards.reader import ShardSet
 from gcahng.data.tars.labels import label_ids
 from gcahng.data.tars.locations import find_tars
 from gcahng.distributed import ONE, Ranks
+from gcahng.distributed.agreement import agreed
+from gcahng.distributed.rows import rows_on_first
 from gcahng.errors import ConfigError, DataError
-from gcahng.metrics import RetrievalResult, retrieval
+from gcahng.metrics import RetrievalResult
 from gcahng.models import Embedder
 from gcahng.training.config import EvalConfig
-from gcahng.training.embedding import EmbeddedTars, EmbeddingSettings, embed_rows, embed_tars
+from gcahng.training.embedding import EmbeddedTars, EmbeddingSettings, embed_part, embed_rows, embed_tars
+from gcahng.training.evaluation_checks import CoarseLabels, check_answerable, check_evaluation, gallery_splits
+from gcahng.training.protocols import EmbeddedSet, Evaluation, search_sets
 from gcahng.training.saved_embeddings import NamedEmbeddings, check_target, save_embeddings
 
 __all__ = [
     "EmbeddingSettings",
+    "Evaluation",
     "TarSets",
     "as_row",
     "check_evaluation",
@@ -33,9 +38,6 @@ __all__ = [
     "usable_ks",
 ]
 
-Embedded = tuple[Tensor, Tensor]
-"""Embeddings (n, D) and class ids (n,)."""
-
 
 @dataclass(frozen=True)
 class TarSets:
@@ -45,11 +47,13 @@ class TarSets:
         query: Paths or URLs, see `gcahng.data.tars.locations.find_tars`; every image queries all the others.
         gallery: Those that are searched instead (protocol `query_gallery`).
         label_field: Field of `.json` that holds the class, see `gcahng.data.tars.labels.read_label`.
+        distractors: Those that are searched as well and show none of the queries' classes; they need no labels.
     """
 
     query: Sequence[str | Path]
     gallery: Sequence[str | Path] | None = None
     label_field: str | None = None
+    distractors: Sequence[str | Path] | None = None
 
 
 def evaluate(
@@ -61,38 +65,50 @@ def evaluate(
     rows: NDArray[np.int64] | None = None,
     num_neighbours: int = 0,
     save_to: Path | None = None,
+    keep_embeddings: bool = False,
     ranks: Ranks = ONE,
-) -> RetrievalResult:
+) -> Evaluation:
     """Retrieval metrics of a split (or of the given rows, by self-retrieval), ranked on the model's device.
 
-    With several ranks each embeds a part, and every rank ranks all of it: the same result on each.
+    With several ranks each embeds a part and ranks with it: the same metrics on each, and those of one process.
 
     Args:
-        config: Protocol, split and ks.
-        rows: Rows to search among themselves instead of the configured split.
+        config: Protocol, splits and ks.
+        rows: Rows to search among themselves instead of the configured splits.
         num_neighbours: Nearest neighbours to return per query.
-        save_to: Write the embeddings to this file, see `save_embeddings`; on rank 0.
-        ranks: Who embeds.
+        save_to: Write the embeddings to this file, see `save_embeddings`; on rank 0. Distractors are left out.
+        keep_embeddings: Return the embeddings, on rank 0.
+        ranks: All of them call this.
+    Raises:
+        ConfigError: See `check_evaluation`; or the file cannot be written.
+        DataError: An image is unreadable.
+        TrainingError: An embedding is not finite.
     """
     if save_to is not None:
-        check_target(save_to)
-    ks, gallery_rows = config.ks, None
-    if rows is not None:
-        query_rows = rows
-        ks = usable_ks(config.ks, len(rows) - 1)
+        _check_saving(save_to, config, ranks)
+    split = config.split if rows is None else "rows"
+    rows_of = {split: shards.split_samples(config.split) if rows is None else rows}
+    if rows is None:
+        names = gallery_splits(config)
+        rows_of |= {name: shards.split_samples(name) for name in (*names, *config.distractor_splits)}
     else:
-        query_rows = shards.split_samples(config.split)
-        if config.protocol == "query_gallery":
-            gallery_rows = _gallery_rows(shards, config)
-    query = embed_rows(model, shards, query_rows, settings, ranks)
-    gallery = None if gallery_rows is None else embed_rows(model, shards, gallery_rows, settings, ranks)
-    if save_to is not None and ranks.first:
-        named = NamedEmbeddings.of_rows(query, shards, query_rows)
-        searched = None
-        if gallery is not None and gallery_rows is not None:
-            searched = NamedEmbeddings.of_rows(gallery, shards, gallery_rows)
-        save_embeddings(save_to, named, searched, lambda class_id: shards.classes[class_id].name)
-    return _rank(query, gallery, ks, config, settings, num_neighbours)
+        names, config = (), _among_themselves(config, len(rows))
+    coarse = None if config.coarse_label is None else CoarseLabels(shards, config.coarse_label)
+    sets = {name: _embedded_rows(model, shards, found, settings, coarse, ranks) for name, found in rows_of.items()}
+    galleries: dict[str, EmbeddedSet | None] = {name: sets[name] for name in names} or {split: None}
+    distractors = [sets[name] for name in config.distractor_splits]
+    return _searched(
+        sets[split],
+        galleries,
+        distractors,
+        config,
+        settings,
+        lambda class_id: shards.classes[class_id].name,
+        num_neighbours=num_neighbours,
+        save_to=save_to,
+        keep_embeddings=keep_embeddings,
+        ranks=ranks,
+    )
 
 
 def evaluate_tars(
@@ -103,89 +119,141 @@ def evaluate_tars(
     *,
     num_neighbours: int = 0,
     save_to: Path | None = None,
-) -> RetrievalResult:
+    keep_embeddings: bool = False,
+    ranks: Ranks = ONE,
+) -> Evaluation:
     """Retrieval metrics of plain WebDataset tars, which need no manifest and no index.
 
     Args:
         tars: What to embed.
-        config: Protocol and ks; its splits are of shard folders and play no part.
+        config: Protocol and ks; its splits and labels are of shard folders and play no part.
         num_neighbours: Nearest neighbours to return per query.
-        save_to: Write the embeddings to this file, see `save_embeddings`.
+        save_to: Write the embeddings to this file, see `save_embeddings`; on rank 0.
+        keep_embeddings: Return the embeddings, on rank 0.
+        ranks: All of them call this; each reads its share of the tars.
     Raises:
         ConfigError: The protocol asks for a gallery that is missing, or has no use for the one given; or a k exceeds
             what a query can find.
         DataError: See `embed_tars`; or labels of query and gallery are of different kinds, or nothing can be found.
     """
+    config = replace(config, gallery_split=None, galleries=(), distractor_splits=(), coarse_label=None)
     if save_to is not None:
-        check_target(save_to)
+        _check_saving(save_to, config, ranks)
     if (config.protocol == "query_gallery") != (tars.gallery is not None):
         want = "a gallery (--gallery-tars)" if tars.gallery is None else "no gallery"
         raise ConfigError(
             f"`eval.protocol` is {config.protocol}: expected {want} beside the tars. Change one of them "
             "(eval.protocol=self or eval.protocol=query_gallery)."
         )
-    if tars.gallery is not None:
-        find_tars(tars.gallery)  # a wrong path is found now, not after the queries
-    query = embed_tars(model, tars.query, settings, tars.label_field)
-    gallery = None if tars.gallery is None else embed_tars(model, tars.gallery, settings, tars.label_field)
+    others = [locations for locations in (tars.gallery, tars.distractors) if locations is not None]
+    agreed(ranks, lambda: [find_tars(locations) for locations in others])  # a wrong path is found now
+    query = embed_tars(model, tars.query, settings, tars.label_field, ranks=ranks)
+    gallery = None if tars.gallery is None else embed_tars(model, tars.gallery, settings, tars.label_field, ranks=ranks)
     ids, gallery_ids, names = _joint_labels(query, gallery)
-    _check_answerable(ids.numpy(), None if gallery_ids is None else gallery_ids.numpy(), config.ks, "the tars")
-    if save_to is not None:
-        searched = None
-        if gallery is not None and gallery_ids is not None:
-            searched = NamedEmbeddings(gallery.embeddings, gallery_ids, gallery.keys, gallery.tars)
-        named = NamedEmbeddings(query.embeddings, ids, query.keys, query.tars)
-        save_embeddings(save_to, named, searched, str if names is None else names.__getitem__)
-    pair = None if gallery is None or gallery_ids is None else (gallery.embeddings, gallery_ids)
-    return _rank((query.embeddings, ids), pair, config.ks, config, settings, num_neighbours)
+    strangers = []
+    if tars.distractors is not None:
+        found = embed_tars(model, tars.distractors, settings, labelled=False, ranks=ranks)
+        strangers.append(_of_tars(found, torch.zeros(len(found.labels), dtype=torch.int64)))
+    searched = (ids if gallery_ids is None else gallery_ids).numpy()
+    more = sum(map(len, strangers))
+    check_answerable(ids.numpy(), searched, config, "the tars", excluded=int(gallery is None), more=more)
+    return _searched(
+        _of_tars(query, ids),
+        {"tars": None if gallery is None or gallery_ids is None else _of_tars(gallery, gallery_ids)},
+        strangers,
+        config,
+        settings,
+        str if names is None else names.__getitem__,
+        num_neighbours=num_neighbours,
+        save_to=save_to,
+        keep_embeddings=keep_embeddings,
+        ranks=ranks,
+    )
 
 
-def check_evaluation(shards: ShardSet, config: EvalConfig) -> None:
-    """Refuse before training what an evaluation would refuse after an epoch of it.
-
-    Raises:
-        DataError: A split does not exist, or no query has an image of its class to find.
-        ConfigError: A k exceeds what a query can find.
-    """
-    query = shards.class_ids(shards.split_samples(config.split))
-    gallery = shards.class_ids(_gallery_rows(shards, config)) if config.protocol == "query_gallery" else None
-    _check_answerable(query, gallery, config.ks, f"split {config.split!r}")
-
-
-def _check_answerable(
-    query: NDArray[np.int64], gallery: NDArray[np.int64] | None, ks: tuple[int, ...], what: str
-) -> None:
-    """Class ids of the images that search, and of those that are searched if they are others."""
-    searched, excluded = (query, 1) if gallery is None else (gallery, 0)
-    if ks[-1] > len(searched) - excluded:
-        raise ConfigError(
-            f"`eval.ks` must not exceed what a query can find: expected at most {len(searched) - excluded}, got "
-            f"{ks[-1]}. Drop the larger ones."
-        )
-    classes, counts = np.unique(searched, return_counts=True)
-    if not np.isin(query, classes[counts > excluded]).any():
-        repair = "--tars and --label-field" if what == "the tars" else "eval.split and eval.gallery_split"
-        raise DataError(f"No image of {what} has another image of its class to find. Check {repair}, or add images.")
-
-
-def _rank(
-    query: Embedded,
-    gallery: Embedded | None,
-    ks: tuple[int, ...],
+def _searched(
+    query: EmbeddedSet,
+    galleries: Mapping[str, EmbeddedSet | None],
+    distractors: Sequence[EmbeddedSet],
     config: EvalConfig,
     settings: EmbeddingSettings,
+    class_name: Callable[[int], str],
+    *,
     num_neighbours: int,
-) -> RetrievalResult:
-    """Rank where the model is: only all embeddings together need the memory there."""
-    device = settings.device
-    return retrieval(
-        query[0].to(device),
-        query[1].to(device),
-        None if gallery is None else gallery[0].to(device),
-        None if gallery is None else gallery[1].to(device),
-        ks=ks,
-        chunk_size=config.chunk_size,
-        num_neighbours=num_neighbours,
+    save_to: Path | None,
+    keep_embeddings: bool,
+    ranks: Ranks,
+) -> Evaluation:
+    """Search, and bring the embeddings to rank 0 where they are wanted."""
+    # Ranked where the model is: only all embeddings together need the memory there.
+    results, coarse = search_sets(
+        query, galleries, distractors, config, device=settings.device, ranks=ranks, num_neighbours=num_neighbours
+    )
+    embeddings: dict[str, Tensor] = {}
+    if save_to is not None or keep_embeddings:
+        for name, images in (("query", query), ("gallery", next(iter(galleries.values())))):
+            found = None if images is None else rows_on_first(images.embeddings, ranks)
+            if found is not None:
+                embeddings[name] = found
+    if save_to is not None and ranks.first:
+        gallery = next(iter(galleries.values()))
+        named = None if gallery is None else _named(gallery, embeddings["gallery"])
+        save_embeddings(save_to, _named(query, embeddings["query"]), named, class_name)
+    return Evaluation(
+        results=results,
+        coarse=coarse,
+        query=query,
+        galleries=dict(galleries),
+        class_name=class_name,
+        embeddings=embeddings if keep_embeddings else {},
+    )
+
+
+def _embedded_rows(
+    model: Embedder,
+    shards: ShardSet,
+    rows: NDArray[np.int64],
+    settings: EmbeddingSettings,
+    coarse: CoarseLabels | None,
+    ranks: Ranks,
+) -> EmbeddedSet:
+    labels = torch.from_numpy(np.asarray(shards.class_ids(rows), dtype=np.int64))
+    return EmbeddedSet(
+        embed_part(model, shards, rows, settings, ranks),
+        labels,
+        lambda place: shards.key(int(rows[place])),
+        lambda place: shards.shard_name(int(rows[place])),
+        None if coarse is None else coarse.of(labels),
+    )
+
+
+def _of_tars(found: EmbeddedTars, ids: Tensor) -> EmbeddedSet:
+    return EmbeddedSet(found.embeddings, ids, found.keys.__getitem__, found.tars.__getitem__)
+
+
+def _named(images: EmbeddedSet, embeddings: Tensor) -> NamedEmbeddings:
+    places = range(len(images))
+    return NamedEmbeddings(embeddings, images.labels, [*map(images.key, places)], [*map(images.shard, places)])
+
+
+def _check_saving(save_to: Path, config: EvalConfig, ranks: Ranks) -> None:
+    """What the file cannot hold, and where it cannot be."""
+    if len(config.galleries) > 1:
+        raise ConfigError(
+            f"`--save-embeddings` {save_to} holds one gallery, but eval.galleries names {len(config.galleries)}. Give "
+            "one: eval.galleries=[NAME]."
+        )
+    agreed(ranks, lambda: check_target(save_to) if ranks.first else None)
+
+
+def _among_themselves(config: EvalConfig, count: int) -> EvalConfig:
+    """The configuration for given rows: self-retrieval, with the ks that so few images can answer."""
+    return replace(
+        config,
+        ks=usable_ks(config.ks, count - 1),
+        precision_ks=tuple(k for k in config.precision_ks if k < count),
+        distractor_splits=(),
+        coarse_label=None,
     )
 
 
@@ -202,30 +270,48 @@ def _joint_labels(query: EmbeddedTars, gallery: EmbeddedTars | None) -> tuple[Te
     return first, (None if gallery is None else second), names
 
 
-def _gallery_rows(shards: ShardSet, config: EvalConfig) -> NDArray[np.int64]:
-    if config.gallery_split is None:
-        raise ConfigError("`eval.gallery_split` is missing: protocol query_gallery searches a second split.")
-    return shards.split_samples(config.gallery_split)
-
-
 def usable_ks(ks: tuple[int, ...], candidates: int) -> tuple[int, ...]:
     """The ks that a small validation set can answer; always at least k = 1."""
     return tuple(k for k in ks if k <= candidates) or (1,)
 
 
-def recall_at_1(result: RetrievalResult) -> float:
+def recall_at_1(evaluation: Evaluation | RetrievalResult) -> float:
     """Share of the answerable queries whose nearest item is of their class, whatever ks were asked for."""
+    result = evaluation.result if isinstance(evaluation, Evaluation) else evaluation
     first_hit = result.first_hit_rank[result.num_references > 0]
     return float((first_hit == 1).to(torch.float64).mean())
 
 
-def as_row(result: RetrievalResult) -> dict[str, Any]:
-    """A result as log values: recall_at_1, ..., r_precision, map_at_r, counts."""
-    recalls: Mapping[str, float] = {f"recall_at_{k}": v for k, v in result.recall_at_k.items()}
+def as_row(evaluation: Evaluation | RetrievalResult) -> dict[str, Any]:
+    """Log values: recall_at_1, ..., precision_at_1, ..., r_precision, map_at_r, mrr, counts.
+
+    With a coarser label also coarse_recall_at_1, ...; with several galleries first the values of the first one, then
+    those of each with its name in front, as in "small/recall_at_1".
+    """
+    if isinstance(evaluation, RetrievalResult):
+        return _values(evaluation)
+    rows = {name: _values(result) | _coarse_values(evaluation, name) for name, result in evaluation.results.items()}
+    first = next(iter(rows.values()))
+    if len(rows) == 1:
+        return first
+    return first | {f"{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
+
+
+def _values(result: RetrievalResult) -> dict[str, Any]:
     return {
-        **recalls,
+        **{f"recall_at_{k}": value for k, value in result.recall_at_k.items()},
+        **{f"precision_at_{k}": value for k, value in result.precision_at_k.items()},
         "r_precision": result.r_precision,
         "map_at_r": result.map_at_r,
+        "mrr": result.mrr,
         "num_queries": result.num_queries,
         "num_without_reference": result.num_without_reference,
     }
+
+
+def _coarse_values(evaluation: Evaluation, name: str) -> dict[str, Any]:
+    if name not in evaluation.coarse:
+        return {}
+    coarse = evaluation.coarse[name]
+    recalls = {f"coarse_recall_at_{k}": value for k, value in coarse.recall_at_k.items()}
+    return recalls | {"num_coarse_queries": coarse.num_queries}

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from gcahng.generation import ConstantClassifier, LossFactors, Synthesis, generation_loss, synthetic_loss
 from gcahng.graph import Coefficients, GraphNetwork
+from gcahng.training.hardness import HardnessRecord
 
 
 def node_and_synthetic(
@@ -43,17 +44,24 @@ def node_and_synthetic(
 
 @dataclass(frozen=True)
 class Judge:
-    """J_gen of coefficients; see `generation_loss`. The classifier is made when it judges: it may be large."""
+    """J_gen of coefficients; see `generation_loss`. The classifier is made when it judges: it may be large.
+
+    Where a record is given, it takes the negatives that are judged.
+    """
 
     synthesis: Synthesis
     classifier: Callable[[], ConstantClassifier]
     class_labels: Tensor
     factors: LossFactors
     reduce: Callable[[Tensor], Tensor]
+    record: HardnessRecord | None = None
 
     def __call__(self, z: Tensor, coefficients: Coefficients) -> dict[str, Tensor]:
+        classifier = self.classifier()
+        if self.record is not None:
+            self.record.take_synthetic(z, coefficients, self.synthesis, classifier, self.class_labels)
         found = generation_loss(
-            z, coefficients, self.synthesis, self.classifier(), self.class_labels, self.factors, reduce=self.reduce
+            z, coefficients, self.synthesis, classifier, self.class_labels, self.factors, reduce=self.reduce
         )
         losses = {
             "classification_loss": found.classification,

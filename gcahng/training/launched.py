@@ -41,6 +41,7 @@ _REFUSED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
 _PRECISION_OF = {"no": "fp32"}
+_EMBEDDING_WAIT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,14 @@ class Launched:
     owns_groups: bool = True
 
 
-def launched(config: Config) -> Launched:
+def launched(config: Config, *, training: bool = True) -> Launched:
     """Find out, and connect the ranks; every rank calls it once.
 
     A default process group that is there already is used as it is.
 
+    Args:
+        config: Says on which device, in which precision, and how long ranks wait for each other.
+        training: False where nothing is trained: no batch is shared, and DeepSpeed has no part in it.
     Raises:
         ConfigError: The launcher asks for what the configuration or the method does not allow.
         TrainingError: The other ranks cannot be reached.
@@ -75,6 +79,12 @@ def launched(config: Config) -> Launched:
     size = _number("WORLD_SIZE", 1)
     uses_deepspeed = _flag("ACCELERATE_USE_DEEPSPEED")
     _check(config, size, uses_deepspeed)
+    if training:
+        _check_training(config, size)
+    elif uses_deepspeed:
+        raise ConfigError(
+            "The launcher asks for DeepSpeed (ACCELERATE_USE_DEEPSPEED), but nothing is trained. Launch without it."
+        )
     device = _device(config.train.device, size)
     if size == 1 and not uses_deepspeed:
         return Launched(ONE, device, "plain")
@@ -89,7 +99,9 @@ def launched(config: Config) -> Launched:
         raise ConfigError(
             f"WORLD_SIZE is {size}, but {dist.get_world_size()} processes met. Start them with one command."
         )
-    host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+    # Steps keep ranks together; embedding a whole split or some tars may end much earlier on one than on another.
+    wait = timeout if training else max(timeout, _EMBEDDING_WAIT)
+    host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=wait))
     ranks = Ranks(dist.get_rank(), size, None, host_group)
     return Launched(ranks, device, "deepspeed" if uses_deepspeed else "ddp", accelerator, owns_groups)
 
@@ -133,13 +145,6 @@ def _check(config: Config, size: int, uses_deepspeed: bool) -> None:
                 f"The launcher asks for {name} ({variable}), which does not keep a graph over all ranks exact. Use "
                 "plain DDP or DeepSpeed ZeRO (launch/accelerate/)."
             )
-    steps = _number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1)
-    if steps > 1:
-        raise ConfigError(
-            f"The launcher asks for gradient_accumulation_steps {steps}: expected 1. Summing gradients of small "
-            "batches would make small graphs, not one large one. Set gradient_accumulation_steps to 1 and "
-            "`accumulation.micro_batch` to the images that fit: one graph over all of them, in less memory."
-        )
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if compiler != "no":
         raise ConfigError(
@@ -157,6 +162,17 @@ def _check(config: Config, size: int, uses_deepspeed: bool) -> None:
         raise ConfigError(
             f"{size} processes are to run together (WORLD_SIZE), but {', '.join(missing)} is not set. Start them with "
             "`accelerate launch` or `torchrun`; for one process unset WORLD_SIZE, which a shell may have kept."
+        )
+
+
+def _check_training(config: Config, size: int) -> None:
+    """Raise ConfigError for what the launcher must not ask of training."""
+    steps = _number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1)
+    if steps > 1:
+        raise ConfigError(
+            f"The launcher asks for gradient_accumulation_steps {steps}: expected 1. Summing gradients of small "
+            "batches would make small graphs, not one large one. Set gradient_accumulation_steps to 1 and "
+            "`accumulation.micro_batch` to the images that fit: one graph over all of them, in less memory."
         )
     if size > config.batch.num_classes:
         raise ConfigError(

@@ -14,6 +14,24 @@ def metric_columns(row: Mapping[str, Any]) -> dict[str, float]:
     return columns | {"RP": 100 * row["r_precision"], "MAP@R": 100 * row["map_at_r"]}
 
 
+def evaluation_columns(row: Mapping[str, Any], *, coarse_label: str | None = None) -> dict[str, float]:
+    """Everything that an evaluation row holds, in percent, by the name to print: also P@k, MRR and the coarser label.
+
+    Args:
+        row: See `gcahng.training.evaluation.as_row`; of several galleries the first.
+        coarse_label: What the coarser label is called.
+    """
+    columns = metric_columns(row)
+    for name, value in row.items():
+        if name.startswith("precision_at_"):
+            columns[f"P@{name.removeprefix('precision_at_')}"] = 100 * value
+    columns["MRR"] = 100 * row["mrr"]
+    for name, value in row.items():
+        if name.startswith("coarse_recall_at_"):
+            columns[f"{coarse_label or 'coarse'}@{name.removeprefix('coarse_recall_at_')}"] = 100 * value
+    return columns
+
+
 def results_text(results: Mapping[str, Any], run_dir: str) -> str:
     """Last, best by validation and best by test, as a small table."""
     lines = [f"run folder: {run_dir}"]

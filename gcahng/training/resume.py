@@ -32,6 +32,7 @@ FREE = frozenset(
         "train.epochs",
         "train.keep_last",
         "train.log_every",
+        "train.record_every",
         "train.resume",
         "run.dir",
     }

@@ -1,4 +1,5 @@
-"""What a run tells: `metrics.jsonl` (one object per logged step and evaluation) and TensorBoard. Rank 0 writes.
+"""What a run tells: `metrics.jsonl` (one object per logged step and evaluation), `hardness.jsonl` (one object per
+recorded step, see `gcahng.training.hardness`) and TensorBoard. Rank 0 writes.
 
 A value is one of all ranks together unless its name ends in `_local`, which is rank 0's alone. Losses are of the global
 batch, evaluations of all images, counts (`skipped_images`, `repaired_draws`) are sums over ranks, and times
@@ -12,11 +13,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
+HARDNESS_FILE = "hardness.jsonl"
 
 
 class RunLog:
@@ -29,12 +31,8 @@ class RunLog:
             from_step: Continue a run at this step: rows of later steps are dropped. None starts anew.
         """
         self.path = run_dir / METRICS_FILE
-        kept = [] if from_step is None else [r for r in read_rows(self.path) if r["step"] <= from_step]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.path)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        self._file = _continued(self.path, from_step)
+        self._hardness_file = _continued(run_dir / HARDNESS_FILE, from_step)
         # TensorBoard hides what earlier files of the folder hold from `purge_step` on.
         first_step = 0 if from_step is None else from_step + 1
         _await_next_second(run_dir / "tensorboard")
@@ -46,12 +44,19 @@ class RunLog:
         Fractional numbers go to TensorBoard too, as kind/name, or kind/split/name where a row has a split.
         """
         row = {"kind": kind, "step": step} | {name: _plain(value) for name, value in values.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        group = f"{kind}/{row['split']}" if "split" in row else kind
+        _append(self._file, row)
+        self._show(f"{kind}/{row['split']}" if "split" in row else kind, row)
+
+    def write_hardness(self, step: int, values: Mapping[str, Any]) -> None:
+        """One row {"step": ..., values} of `hardness.jsonl`; fractional numbers go to TensorBoard as hardness/name."""
+        row = {"step": step} | dict(values)
+        _append(self._hardness_file, row)
+        self._show("hardness", row)
+
+    def _show(self, group: str, row: Mapping[str, Any]) -> None:
         for name, value in row.items():
             if isinstance(value, float):
-                self._board.add_scalar(f"{group}/{name}", value, step)
+                self._board.add_scalar(f"{group}/{name}", value, row["step"])
 
     def __enter__(self) -> "RunLog":
         return self
@@ -63,6 +68,7 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+        self._hardness_file.close()
         self._board.close()
 
 
@@ -70,6 +76,9 @@ class NoLog:
     """What a rank that is not the first has in place of a `RunLog`."""
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Rank 0 writes."""
+
+    def write_hardness(self, step: int, values: Mapping[str, Any]) -> None:
         """Rank 0 writes."""
 
     def __enter__(self) -> "NoLog":
@@ -97,8 +106,22 @@ def _await_next_second(folder: Path) -> None:
         time.sleep(0.02)
 
 
+def _continued(path: Path, from_step: int | None) -> TextIO:
+    """A file of rows, open at its end: without rows of later steps than `from_step`, empty if that is None."""
+    kept = [] if from_step is None else [row for row in read_rows(path) if row["step"] <= from_step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    partial.replace(path)
+    return open(path, "a", encoding="utf-8")
+
+
+def _append(file: TextIO, row: Mapping[str, Any]) -> None:
+    file.write(json.dumps(row) + "\n")
+    file.flush()
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a metrics file; a last line that a crash cut is left out."""
+    """All whole rows of such a file; a last line that a crash cut is left out."""
     if not path.is_file():
         return []
     rows = []

@@ -43,6 +43,7 @@ from gcahng.training.averages import EpochAverages
 from gcahng.training.backend import Backend
 from gcahng.training.finite_checks import finite_rows
 from gcahng.training.graph_passes import Judge, generation, node_and_synthetic
+from gcahng.training.hardness import HardnessRecord
 from gcahng.training.sharded_parts import class_loss, constant_classifier
 
 METRIC, CLASSIFIER, GENERATION = "metric", "classifier", "generation"
@@ -129,6 +130,7 @@ class TrainingStep:
         *,
         step: int,
         mixing: Mapping[str, Tensor] | None = None,
+        record: HardnessRecord | None = None,
     ) -> dict[str, Tensor]:
         """Run one iteration.
 
@@ -139,8 +141,10 @@ class TrainingStep:
             averages: Epoch means; this step's losses are added.
             step: Global step, a coordinate of every random draw.
             mixing: (K, K-1) mixing weights for "metric" and "generation", in place of drawn ones.
+            record: Takes the hardness of the batch, on all ranks or on none; nothing of the training depends on it.
         Returns:
-            Detached losses and weights by name: all of the global batch, the same on every rank.
+            Detached losses and weights by name: all of the global batch, the same on every rank; with `record` also
+            "hard_negative_ratio".
         Raises:
             InputError: The labels are not group-major, or a rank's part of the batch is not as planned.
             NotFinite: An embedding, a loss or a gradient is not finite, here or, where the backend's checks are
@@ -161,11 +165,15 @@ class TrainingStep:
         plan = self._plan(z)
         report = self._metric_pass(z, labels, plan, rule, averages, step, mixing)
         z = z.detach()
+        if record is not None:
+            report["hard_negative_ratio"] = record.take_batch(z, labels, rule, self.settings.num_samples)
+            if not self.settings.generate:
+                record.take_negatives(z, plan, rule, self.settings.num_samples)
         if self.settings.generate:
             # Phase 2
             report |= self._classifier_pass(z, labels)
             # Phase 3
-            report |= self._generation_pass(z, labels, plan, rule, step, mixing)
+            report |= self._generation_pass(z, labels, plan, rule, step, mixing, record)
         averages.add(report["metric_loss"], report.get("generation_loss"))
         checks.end()
         return report
@@ -234,6 +242,7 @@ class TrainingStep:
         rule: Interpolation,
         step: int,
         mixing: Mapping[str, Tensor] | None,
+        record: HardnessRecord | None,
     ) -> dict[str, Tensor]:
         judge = Judge(
             self._synthesis(z, rule, step, GENERATION, mixing),
@@ -243,6 +252,7 @@ class TrainingStep:
                 self.settings.classification_weight, self.settings.similarity_weight, self.settings.diversity_weight
             ),
             self.ranks.sum,
+            record,
         )
         if self.graph_generates:
             found = self.backend.run("graph", generation, z, labels, judge, self._graph_call(plan, step, GENERATION))

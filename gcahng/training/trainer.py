@@ -1,7 +1,7 @@
 """The training loop: epochs, logging, evaluation, checkpoints. The iteration itself is `step.py`.
 
-A run folder holds `config.yaml` (resolved), `metrics.jsonl`, `tensorboard/`, `step-N/` checkpoints with the links
-`last`, `best` (by validation) and `best_test`, and `results.json` at the end.
+A run folder holds `config.yaml` (resolved), `metrics.jsonl`, `hardness.jsonl`, `tensorboard/`, `step-N/` checkpoints
+with the links `last`, `best` (by validation) and `best_test`, and `results.json` at the end.
 
 With several ranks each runs this loop on its part of every batch; rank 0 writes, logs and shows bars. What all ranks
 say to each other outside of a step happens at places that the step number fixes (logged steps, ends of epochs).
@@ -34,6 +34,7 @@ from gcahng.training.config import Config, resolved_yaml
 from gcahng.training.evaluate_checkpoint import embedding_settings
 from gcahng.training.evaluation import as_row, evaluate, recall_at_1
 from gcahng.training.finite_checks import MOST_AHEAD, NonFiniteEmbedding
+from gcahng.training.hardness import HardnessRecord
 from gcahng.training.launched import Launched
 from gcahng.training.memory import peak_memory_bytes
 from gcahng.training.parts import build_parts, build_step
@@ -166,9 +167,13 @@ class Trainer:
                 self._uncounted[1] += batch.repaired
                 # Labels and rows are looked at on the CPU; the step sends the labels on.
                 images = batch.images.to(self.device, non_blocking=True)
-                report = self.run_step(images, batch.labels, batch.rows)
+                record = self._hardness_record(number)
+                report = self.run_step(images, batch.labels, batch.rows, record)
                 self.progress.step += 1
-                values = self._read(report) if self.progress.step % self.config.train.log_every == 0 else None
+                values = self._read(report) if self._is_logged(self.progress.step) else None
+                if record is not None and record.edges:
+                    self.finish_checks()
+                    run_log.write_hardness(self.progress.step, {"epoch": epoch} | record.row())
                 ended = time.perf_counter()
                 self._clock.add(ended - started, loaded - started)
                 if values is not None or self.backend.checks.gate is None:
@@ -183,12 +188,26 @@ class Trainer:
             self.finish_checks()
             self._clock.settle(time.perf_counter() - started)
 
-    def run_step(self, images: Tensor, labels: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.train.log_every == 0
+
+    def _hardness_record(self, number: int) -> HardnessRecord | None:
+        """What the next step is to measure, the `number`-th of its epoch; the same on all ranks."""
+        every = self.config.train.record_every
+        edges = number == 1 if every is None else every > 0 and self.progress.step % every == 0
+        if not edges and not self._is_logged(self.progress.step + 1):
+            return None
+        return HardnessRecord(edges=edges, reduce=self.ranks.sum)
+
+    def run_step(
+        self, images: Tensor, labels: Tensor, rows: Tensor, record: HardnessRecord | None = None
+    ) -> dict[str, Tensor]:
         """One step on a batch.
 
         Args:
             images: (K * P_r, 3, H, W) uint8 on the run's device: this rank's part.
             labels, rows: (K * P_r,) int64, best left on the CPU.
+            record: Takes the hardness of the batch.
         """
         self._recent.append((self.progress.step, rows))
         inputs = normalise(images, self.data.transform)
@@ -196,7 +215,7 @@ class Trainer:
         # the step, so that a resumed run draws what the undisturbed one would have; each rank for its own images.
         torch.manual_seed(stream_key(self.config.seed, "model", self.progress.step, self.ranks.rank) >> 1)
         with self._samples_named():
-            return self.step(inputs, labels, self.averages, step=self.progress.step)
+            return self.step(inputs, labels, self.averages, step=self.progress.step, record=record)
 
     def finish_checks(self) -> None:
         """Wait for the steps so far, and raise if one of them met numbers that are not finite."""

@@ -152,6 +152,22 @@ def test_what_a_launcher_must_not_ask_for(monkeypatch, variables: dict[str, str]
         launched(small_config())
 
 
+def test_where_nothing_is_trained_ranks_share_no_batch(monkeypatch) -> None:
+    class Connected(Exception):
+        pass
+
+    def connect(*arguments: object) -> None:
+        raise Connected
+
+    monkeypatch.setattr("gcahng.training.launched._accelerator", connect)
+    several(monkeypatch, WORLD_SIZE="9", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4", OMP_NUM_THREADS="1")
+    with pytest.raises(Connected):
+        launched(small_config(), training=False)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match=r"asks for DeepSpeed .* but nothing is trained\. Launch without it"):
+        launched(small_config(), training=False)
+
+
 def test_accumulation_by_the_launcher_is_refused_for_one_process_too(monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     with pytest.raises(ConfigError, match="gradient_accumulation_steps 2"):

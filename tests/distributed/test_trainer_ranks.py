@@ -14,6 +14,7 @@ from gcahng.data.shards.reader import ShardSet
 from gcahng.training import checkpoint
 from gcahng.training.evaluate_checkpoint import embedding_settings
 from gcahng.training.evaluation import as_row, evaluate
+from gcahng.training.run_log import read_rows
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,19 @@ def test_a_run_is_the_run_of_one_process(ran: Ran, one: Path) -> None:
     assert_same_run(ran.folder / "whole", one / "whole", 1e-3)
     last = {name: float(results["last"]["map_at_r"]) for name, results in enumerate(ran["whole"])}
     assert len(set(last.values())) == 1
+
+
+def test_hardness_is_recorded_as_by_one_process(ran: Ran, one: Path) -> None:
+    rows, wanted = (read_rows(folder / "whole" / "hardness.jsonl") for folder in (ran.folder, one))
+    assert [row["step"] for row in rows] == [row["step"] for row in wanted] == [1, 3]
+    # Of the same weights every edge is counted in the same bin; later rounding moves a few to the next one.
+    for name, value in wanted[0].items():
+        assert rows[0][name] == pytest.approx(value, rel=1e-5), name
+    for row, want in zip(rows, wanted, strict=True):
+        assert row.keys() == want.keys() and (row["anchors"], row["pairs"]) == (10, 80)
+        for name in ("d_positive", "d_negative", "d_synthetic", "coefficients"):
+            assert sum(row[name]) == sum(want[name])
+        assert row["mean_d_synthetic"] == pytest.approx(want["mean_d_synthetic"], rel=1e-3)
 
 
 def test_all_ranks_return_the_same_results(ran: Ran) -> None:

@@ -1,14 +1,24 @@
 """`launch/evaluate.py`: runs and checkpoints, on their own data and on other."""
 
+import csv
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from run_cases import convert_patterns, draw_patterns, read_metrics, train
 
-from gcahng.training.evaluate_checkpoint import evaluate_checkpoint
+from gcahng.data.shards.reader import ShardSet
+from gcahng.metrics.per_class import per_class, worst_queries
+from gcahng.search.clustering import clustering_scores
+from gcahng.training.evaluate_checkpoint import embedding_settings, evaluate_checkpoint, load_metric_model
+from gcahng.training.evaluation import evaluate
 from gcahng.training.trainer import SELECTION_NOTE
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +45,12 @@ def logged(run_dir: Path, link: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in LABELS}
 
 
+def means(path: Path) -> dict[str, Any]:
+    """What `--json` wrote, without its lists."""
+    values: dict[str, Any] = json.loads(path.read_text())
+    return {name: value for name, value in values.items() if not isinstance(value, list)}
+
+
 def shown(row: dict[str, Any]) -> str:
     names = {
         "recall_at_1": "R@1",
@@ -42,6 +58,7 @@ def shown(row: dict[str, Any]) -> str:
         "recall_at_10": "R@10",
         "r_precision": "RP",
         "map_at_r": "MAP@R",
+        "mrr": "MRR",
     }
     values = "  ".join(f"{name} {100 * row[key]:.2f}" for key, name in names.items())
     return f"{values}\n{row['num_queries']} queries, {row['num_without_reference']} without a reference\n"
@@ -52,7 +69,7 @@ def test_a_run_gives_the_numbers_it_logged(process, run_dir, tmp_path) -> None:
     ended = process(ROOT / "launch" / "evaluate.py", *arguments)
     assert ended.status == 0, ended.err
     want = logged(run_dir, "last")
-    assert json.loads((tmp_path / "metrics.json").read_text()) == want
+    assert means(tmp_path / "metrics.json") == want
     assert ended.out == shown(want) and ended.err == ""
 
 
@@ -73,7 +90,7 @@ def test_what_was_chosen_on_the_test_classes_is_marked(command_line, run_dir, tm
     }[place]
     ended = command_line("evaluate.py", *source, "--quiet", "--json", tmp_path / "row.json")
     assert ended.status == 0 and ended.out.splitlines()[-1].startswith("chosen on the test classes")
-    assert json.loads((tmp_path / "row.json").read_text()) == logged(run_dir, "best_test") | {"note": SELECTION_NOTE}
+    assert means(tmp_path / "row.json") == logged(run_dir, "best_test") | {"note": SELECTION_NOTE}
 
 
 def test_a_checkpoint_that_the_run_never_had(command_line, launch_shards, tmp_path) -> None:
@@ -146,6 +163,11 @@ def test_what_cannot_be_evaluated(command_line, run_dir, launch_shards, tmp_path
         (("--run", run_dir, "model.embedding_dim=4"), "does not fit part `metric_model`"),
         (("--run", run_dir, "eval.kss=[1]"), "eval.kss (command line): unknown key; did you mean `eval.ks`"),
         (("--run", run_dir, "--json", tmp_path / "no" / "x.json"), "`--json`"),
+        (("--run", run_dir, "--per-class", tmp_path), f"`--per-class` {tmp_path} is a folder"),
+        (("--run", run_dir, "--worst", "0"), "`--worst` must be at least 1: got 0"),
+        (("--run", run_dir, "--ks", "1,48"), "`eval.ks` must not exceed what a query can find: expected at most 47"),
+        (("--run", run_dir, "--approximate", "best"), "`kind` must be one of flat, ivf, ivf_sq8, hnsw: got 'best'"),
+        (("--run", run_dir, "eval.chunk_size=9"), "eval.chunk_size (command line): no setting any more: the search"),
     ]
     for arguments, message in cases:
         ended = command_line("evaluate.py", *arguments, "--quiet")
@@ -160,8 +182,73 @@ def test_a_wrong_command_line_shows_its_use(command_line, arguments: list[str]) 
     assert ended.status == 2 and ended.err.startswith("usage: launch/evaluate.py")
 
 
-def test_several_processes_are_refused(command_line, run_dir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    ended = command_line("evaluate.py", "--run", run_dir)
-    assert ended.status == 2 and ended.out == ""
-    assert ended.err.startswith("error: launch/evaluate.py runs as one process, but 2 were started (WORLD_SIZE)")
+def test_everything_as_json_and_class_by_class(command_line, run_dir, tmp_path) -> None:
+    files = ("--json", tmp_path / "all.json", "--per-class", tmp_path / "classes.csv")
+    ended = command_line("evaluate.py", "--run", run_dir, "--quiet", "--worst", 3, "--ks", "2,5", *files)
+    assert ended.status == 0, ended.err
+    values = json.loads((tmp_path / "all.json").read_text())
+    model, config = load_metric_model(run_dir / "last", ["eval.ks=[2,5]"])
+    shard_set = ShardSet.open(config.data.dir)
+    result = evaluate(model, shard_set, config.eval, embedding_settings(config)).result
+    rows = shard_set.split_samples("test")
+    assert values["recall_at_5"] == result.recall_at_k[5] and values["without_reference"] == []
+    worst = worst_queries(result, 3).tolist()
+    assert [query["index"] for query in values["worst_queries"]] == worst
+    assert [query["key"] for query in values["worst_queries"]] == [shard_set.key(int(rows[place])) for place in worst]
+    assert ended.out.splitlines()[2].split() == ["MAP@R", "first", "hit", "references", "key,", "class,", "shard"]
+    for line, query in zip(ended.out.splitlines()[3:], values["worst_queries"], strict=True):
+        assert line.endswith(f" 5  {query['key']}, {query['class_name']}, {query['shard']}")
+    with (tmp_path / "classes.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["class_name"] for line in lines] == [row["class_name"] for row in values["per_class"]]
+    for line, row, want in zip(lines, values["per_class"], per_class(result).rows(), strict=True):
+        assert {name: row[name] for name in want} == want and row["num_queries"] == 6
+        assert float(line["map_at_r"]) == row["map_at_r"] and line["gallery"] == "test"
+
+
+def test_clusters_on_request(command_line, run_dir, tmp_path) -> None:
+    """The same by flag and by setting: those of the saved embeddings."""
+    files = ("--json", tmp_path / "all.json", "--save-embeddings", tmp_path / "e.npz")
+    ended = command_line("evaluate.py", "--run", run_dir, "--quiet", "--clustering", *files)
+    assert ended.status == 0, ended.err
+    with np.load(tmp_path / "e.npz") as saved:
+        want = clustering_scores(torch.from_numpy(saved["embeddings"]), torch.from_numpy(saved["labels"]))
+    values = json.loads((tmp_path / "all.json").read_text())
+    assert (values["nmi"], values["ami"], values["num_clusters"]) == (want.nmi, want.ami, 8)
+    assert f"NMI {want.nmi:.4f}  AMI {want.ami:.4f}  (8 clusters by " in ended.out
+    by_setting = command_line("evaluate.py", "--run", run_dir, "--quiet", "eval.clustering=true")
+    assert by_setting.out == ended.out
+
+
+def test_approximate_search_says_what_it_finds(command_line, run_dir, tmp_path) -> None:
+    """A flat index is exact: the same R@1, and all of the nearest found."""
+    ended = command_line(
+        "evaluate.py", "--run", run_dir, "--quiet", "--approximate", "flat", "--json", tmp_path / "all.json"
+    )
+    assert ended.status == 0, ended.err
+    values = json.loads((tmp_path / "all.json").read_text())
+    measured = {"effort": 0, "recall_at_k": 1.0, "k": 10, "num_queries": 48}
+    assert values["approximate"] == {"kind": "flat", "recall_at_1": values["recall_at_1"], "measured": measured}
+    assert "approximate (flat): R@1 " in ended.out and ended.out.endswith(
+        "100.00 % of the 10 nearest found (48 queries)\n"
+    )
+
+
+def test_two_processes_give_the_numbers_of_one(run_dir, tmp_path) -> None:
+    """Real ones, by torchrun: the same file but for rounding of embeddings in other batches."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+    arguments = ["--run", run_dir, "--quiet", "--json", tmp_path / "two.json", "--save-embeddings", tmp_path / "e.npz"]
+    done = subprocess.run(
+        [sys.executable, *command, str(ROOT / "launch" / "evaluate.py"), *map(str, arguments)],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    want = logged(run_dir, "last")
+    assert means(tmp_path / "two.json") == pytest.approx(want, abs=1e-6)
+    assert done.stdout == shown(means(tmp_path / "two.json"))
+    with np.load(tmp_path / "e.npz") as saved:
+        assert saved["embeddings"].shape == (48, 8)

@@ -106,6 +106,20 @@ def test_a_requeued_job_goes_on_where_there_is_a_checkpoint(job: Job) -> None:
     assert job.launched(*settings, SLURM_RESTART_COUNT="1")[-3:-1] == [settings[0], "train.resume=auto"]
 
 
+def test_an_evaluation_takes_the_processes_of_training(job: Job) -> None:
+    """And no DeepSpeed, whatever the shell that submits has kept."""
+    variables = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "3", "GCAHNG_DEEPSPEED": "zero1.json"}
+    done = job.submit("eval.sh", "--run", "runs/a b", "eval.ks=[1, 2]", **variables)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    want = {"num_machines": "2", "num_processes": "6", "machine_rank": "1", "main_process_ip": "n7"}
+    assert {name: after(words, f"--{name}") for name in want} == want
+    assert "--multi_gpu" in words and "--use_deepspeed" not in words
+    assert words[words.index("launch/evaluate.py") :] == [
+        "launch/evaluate.py", "--quiet", "--run", "runs/a b", "eval.ks=[1, 2]", "threads 2"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("script", ["train.sh", "eval.sh", "convert.sh"])
 def test_a_job_from_another_folder_says_so(job: Job, script: str) -> None:
     done = job.submit(script, "x", GCAHNG_HOME=str(job.folder))

@@ -30,6 +30,14 @@ SOURCES = (
     "constraints.txt",
 )
 
+PACKAGE_DATA = {
+    "gcahng/py.typed",
+    "gcahng/report/paper_results.yaml",
+    "gcahng/report/templates/page.css",
+    "gcahng/report/templates/page.html",
+    "gcahng/report/templates/parts.html",
+}
+
 SMOKE = """
 import importlib.metadata
 import pathlib
@@ -55,6 +63,11 @@ assert output.node_logits.shape == (8, 5) and output.pull_coefficients.shape == 
 (NPairLoss()(z, labels) + output.pull_coefficients.mean()).backward()
 assert z.grad.isfinite().all()
 assert 0 <= retrieval(z, labels, ks=(1,)).map_at_r <= 1
+
+from gcahng.report.results_table import paper_results
+from gcahng.report.templates import environment
+assert len(paper_results()["tables"]) > 10
+assert {"page.html", "parts.html", "page.css"} <= set(environment().list_templates())
 print("smoke test passed")
 """
 
@@ -126,7 +139,7 @@ def test_wheel_holds_every_module_and_nothing_else(source: Path, dist: Path) -> 
         text = archive.read(metadata).decode()
     modules = {path.relative_to(source).as_posix() for package in PACKAGES for path in (source / package).rglob("*.py")}
     packed = {name for name in names if ".dist-info/" not in name}
-    assert packed == modules | {"gcahng/py.typed"}
+    assert packed == modules | PACKAGE_DATA
     assert any(name.endswith("/LICENSE") for name in names)
     assert "License-Expression: Apache-2.0" in text
     assert "Requires-Python: >=3.11" in text
@@ -140,7 +153,7 @@ def test_sdist_holds_what_its_tests_need(source: Path, dist: Path) -> None:
     wanted = {"LICENSE", "README.md", "Makefile", "constraints.txt", "pyproject.toml"}
     for folder, pattern in (("tests", "*.py"), ("tests", "*.npz"), ("configs", "*.yaml"), ("benchmarks", "*")):
         wanted |= {p.relative_to(source).as_posix() for p in (source / folder).rglob(pattern) if p.is_file()}
-    assert wanted <= names
+    assert wanted | PACKAGE_DATA <= names
     assert not [name for name in names if "__pycache__" in name]
 
 

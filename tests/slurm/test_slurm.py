@@ -114,7 +114,12 @@ def test_an_array_trains_one_run_per_seed_and_evaluates_it(site: Site) -> None:
     )
     assert "seed: 3\n" in (run_dir / "seed-3" / "config.yaml").read_text()
     printed = site.run("slurm/eval.sh", "--run", str(run_dir / "seed-3"))
-    assert "MAP@R" in printed
+    assert printed.count("MAP@R") == 1
+    on_two_nodes = site.run("--nodes=2", "slurm/eval.sh", "--run", str(run_dir / "seed-3"))
+    assert on_two_nodes.splitlines()[-1] == printed.splitlines()[-1], "another number of queries"
+    got, want = (_means(text) for text in (on_two_nodes, printed))
+    # Embeddings of other batches round otherwise, which may move a neighbour.
+    assert got == pytest.approx(want, abs=1.0) and "MAP@R" in want
 
 
 def test_a_missing_configuration_is_one_error(site: Site) -> None:
@@ -126,6 +131,12 @@ def test_a_missing_configuration_is_one_error(site: Site) -> None:
 
 def _settings(site: Site, run_dir: Path) -> list[str]:
     return [f"data.dir={site.data}", f"run.dir={run_dir}", *SHORTER, *SLOWER]
+
+
+def _means(printed: str) -> dict[str, float]:
+    """Percentages by name from the line of an evaluation."""
+    words = printed.splitlines()[-2].split()
+    return dict(zip(words[::2], map(float, words[1::2]), strict=True))
 
 
 def _rows(run_dir: Path) -> dict[str, list[dict[str, Any]]]:

@@ -229,11 +229,21 @@ def test_all_that_does_not_fit_is_listed(tmp_path) -> None:
     module = nn.Linear(5, 3)
     del module.bias
     module.register_buffer("count", torch.zeros(2))
-    message = (
-        r"step-1 does not fit part `classifier`: bias is not in the model; count is missing; "
-        r"weight has shape \(3, 4\), the model \(3, 5\)\. Use the configuration"
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.load_module(module, folder, "classifier")
+    assert str(caught.value) == (
+        f"Checkpoint {folder} does not fit part `classifier`, expected 2 entries, got 2:\n"
+        "  1 missing in the checkpoint: count\n"
+        "  1 not in the model: bias\n"
+        "  1 of another shape: weight has (3, 4), the model (3, 5)\n"
+        "Use the configuration it was trained with, without other settings of the model."
     )
-    with pytest.raises(ConfigError, match=message):
+
+
+def test_of_many_that_do_not_fit_the_first_are_named_and_all_counted(tmp_path) -> None:
+    folder = save(tmp_path, 1)
+    module = nn.ParameterDict({f"p{number}": nn.Parameter(torch.zeros(1)) for number in range(7)})
+    with pytest.raises(ConfigError, match=r"  7 missing in the checkpoint: p0, p1, p2, p3, p4, and 2 more\n  2 not in"):
         checkpoint.load_module(module, folder, "classifier")
 
 

@@ -85,7 +85,13 @@ IMPOSSIBLE = [
     ("eval__ks", [], "must be increasing numbers of at least 1: got []"),
     ("eval__ks", [0, 1], "must be increasing numbers of at least 1: got [0, 1]"),
     ("eval__batch_size", 0, "must be at least 1: got 0"),
-    ("eval__chunk_size", 0, "must be at least 1: got 0"),
+    ("eval__memory_mb", 0, "must be at least 1: got 0"),
+    ("eval__precision_ks", [2, 2], "must be increasing numbers of at least 1: got [2, 2]"),
+    ("eval__coarse_ks", [], "must be increasing numbers of at least 1: got []"),
+    ("eval__coarse_label", " ", "must not be empty"),
+    ("eval__galleries", ["a", "a"], "must be different names: got ['a', 'a']"),
+    ("eval__distractor_splits", [""], "must be different names: got ['']"),
+    ("eval__distractor_splits", [1], "must be a list of texts: got [1]"),
     ("eval__split", "", "must not be empty"),
     ("run__dir", "", "must not be empty"),
 ]  # fmt: skip
@@ -156,6 +162,19 @@ RELATED = [
         "eval.protocol=self searches no other split: got 'gallery'. Set it to null",
     ),
     (
+        {"eval__protocol": "query_gallery", "eval__gallery_split": "a", "eval__galleries": ["b"]},
+        "names one gallery, eval.galleries (['b']) several: got 'a'. Set one of the two to null or [].",
+    ),
+    (
+        {"eval__protocol": "query_gallery", "eval__galleries": ["a", "test"]},
+        "eval.galleries (mapping): must name other splits than eval.split: got ['a', 'test'].",
+    ),
+    ({"eval__galleries": ["a"]}, "eval.galleries (mapping): eval.protocol=self searches no other split: got ['a']."),
+    (
+        {"eval__distractor_splits": ["train", "test"]},
+        "eval.distractor_splits (mapping): must name other splits than those of queries and galleries: got ['train',",
+    ),
+    (
         {"loss__metric": "n_pair", "batch__num_samples": 3},
         "loss.metric (mapping): the original N-pair loss takes batch.num_samples=2: got 3.",
     ),
@@ -191,6 +210,8 @@ def test_settings_that_contradict_each_other(settings, message):
         {"train__precision": "fp16"},
         {"train__resume": "runs/a/step-5", "train__warm_up_epochs": 100},
         {"eval__protocol": "query_gallery", "eval__split": "q", "eval__gallery_split": "g"},
+        {"eval__protocol": "query_gallery", "eval__galleries": ("g", "h"), "eval__distractor_splits": ("train",)},
+        {"eval__distractor_splits": ("train",), "eval__coarse_label": "super_class", "eval__precision_ks": (5,)},
         {"loss__metric": "n_pair", "batch__num_samples": 2},
         {"seed": 2**63 - 1, "optim__clip_value": None, "data__validation": 0},
     ],

@@ -1,7 +1,10 @@
 """Evaluating a split: every image once and in order, the protocols, what cannot be evaluated."""
 
+import hashlib
 import io
+import json
 import logging
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -92,10 +95,11 @@ def test_self_retrieval_ranks_a_split_among_itself(shard_set, model, settings) -
         "recall_at_5",
         "r_precision",
         "map_at_r",
+        "mrr",
         "num_queries",
         "num_without_reference",
     }
-    assert result.num_queries == rows.size == 48
+    assert result.result.num_queries == rows.size == 48
 
 
 def test_given_rows_are_ranked_among_themselves(shard_set, model, settings) -> None:
@@ -103,15 +107,15 @@ def test_given_rows_are_ranked_among_themselves(shard_set, model, settings) -> N
     result = evaluate(model, shard_set, EvalConfig(ks=(1, 17, 18, 100)), settings, rows=rows, num_neighbours=3)
     want = retrieval(*embed_rows(model, shard_set, rows, settings), ks=(1, 17), num_neighbours=3)
     assert as_row(result) == as_row(want)
-    assert torch.equal(result.neighbours, want.neighbours)
+    assert torch.equal(result.result.neighbours, want.neighbours)
 
 
 def test_recall_at_1_needs_no_k_of_1(street_and_shop, model, settings) -> None:
     """Queries without a reference are left out, as in every other mean."""
     result = evaluate(model, street_and_shop, QUERY_GALLERY, settings)
     without = evaluate(model, street_and_shop, replace(QUERY_GALLERY, ks=(3,)), settings)
-    assert result.num_without_reference > 0
-    assert recall_at_1(without) == recall_at_1(result) == result.recall_at_k[1]
+    assert result.result.num_without_reference > 0
+    assert recall_at_1(without) == recall_at_1(result) == result.result.recall_at_k[1]
 
 
 @pytest.mark.parametrize(
@@ -158,9 +162,9 @@ def test_one_split_queries_another(street_and_shop, model, settings) -> None:
     )
     want = retrieval(*query, *gallery, ks=(1, 10), num_neighbours=2)
     assert as_row(result) == as_row(want)
-    assert torch.equal(result.neighbours, want.neighbours)
+    assert torch.equal(result.result.neighbours, want.neighbours)
     # Classes 14 and 15 are not in the gallery.
-    assert (result.num_queries, result.num_without_reference) == (16, 4)
+    assert (result.result.num_queries, result.result.num_without_reference) == (16, 4)
 
 
 def test_training_with_a_query_and_a_gallery_split(street_folder, tmp_path) -> None:
@@ -282,6 +286,25 @@ def test_a_checkpoint_gives_the_metrics_of_its_run(finished_run) -> None:
         assert got == {key: want[key] for key in got}
 
 
+def test_a_checkpoint_of_an_earlier_version_loads_without_its_retired_settings(finished_run, tmp_path, caplog) -> None:
+    folder = Path(shutil.copytree(finished_run.dir / "last", tmp_path / "step-9"))
+    file = folder / "config.yaml"
+    file.write_text(
+        re.sub(r"  memory_mb: \d+\n(?:  \w+: .*\n)*?(?=  protocol)", "  chunk_size: 1024\n", file.read_text())
+    )
+    assert "chunk_size" in file.read_text() and "memory_mb" not in file.read_text()
+    listing = json.loads((folder / "manifest.json").read_text())
+    content = file.read_bytes()
+    listing["config.yaml"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(listing))
+    caplog.set_level(logging.WARNING)
+    assert evaluate_checkpoint(folder) == evaluate_checkpoint(finished_run.dir / "last")
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("eval.chunk_size (") and line.endswith(
+        "is no setting any more and is ignored: the search takes `eval.memory_mb` of memory instead."
+    )
+
+
 def test_a_run_is_evaluated_in_its_own_precision(shards, tmp_path) -> None:
     trainer = make_trainer(shards, tmp_path / "run", {"train.precision": "bf16", "train.max_steps_per_epoch": 1})
     dtypes = set()
@@ -314,7 +337,7 @@ def test_a_checkpoint_is_checked_before_anything_is_embedded(finished_run, monke
     def unexpected(*args: object, **options: object) -> None:
         raise AssertionError("embedded")
 
-    monkeypatch.setattr("gcahng.training.evaluation.embed_rows", unexpected)
+    monkeypatch.setattr("gcahng.training.evaluation.embed_part", unexpected)
     with pytest.raises(ConfigError, match=r"`eval.ks` must not exceed .* at most 47, got 50"):
         evaluate_checkpoint(finished_run.dir / "last", ["eval.ks=[1,50]"])
 
@@ -348,19 +371,20 @@ def test_cuda_embeds_like_the_cpu(shard_set, model, settings, dtype) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_ranking_runs_where_the_model_is(shard_set, street_and_shop, model, settings, monkeypatch) -> None:
-    from gcahng.training import evaluation as module
+    from gcahng.training import protocols as module
 
     devices = []
+    search = module.retrieval_over_ranks
 
     def watched(*tensors: torch.Tensor, **options: object) -> object:
         devices.extend(tensor.device.type for tensor in tensors)
-        return retrieval(*tensors, **options)
+        return search(*tensors, **options)
 
-    monkeypatch.setattr(module, "retrieval", watched)
+    monkeypatch.setattr(module, "retrieval_over_ranks", watched)
     cuda = replace(settings, device=torch.device("cuda"))
     for shards, config in ((shard_set, EvalConfig(ks=(1, 5))), (street_and_shop, QUERY_GALLERY)):
         want = as_row(evaluate(model.cpu(), shards, config, settings))
         devices.clear()
         result = evaluate(model.cuda(), shards, config, cuda)
-        assert set(devices) == {"cuda"} and result.first_hit_rank.device.type == "cpu"
+        assert set(devices) == {"cuda"} and result.result.first_hit_rank.device.type == "cpu"
         assert as_row(result) == pytest.approx(want, abs=0.05)

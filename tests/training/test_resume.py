@@ -25,6 +25,7 @@ from gcahng.errors import ConfigError, DataError
 from gcahng.training import checkpoint
 from gcahng.training import trainer as trainer_module
 from gcahng.training.resume import FREE, check_resumable
+from gcahng.training.run_log import HARDNESS_FILE
 from gcahng.training.trainer import Trainer
 
 # Everything that has a state: warm-up, proxies, three kinds of schedule, validation, epoch averages.
@@ -77,6 +78,7 @@ def assert_same_run(got: Path, want: Path) -> None:
             ]
             assert groups[0] == groups[1]
     assert read_metrics(got) == read_metrics(want)
+    assert (got / HARDNESS_FILE).read_text() == (want / HARDNESS_FILE).read_text() != ""
     results = [json.loads((folder / "results.json").read_text()) for folder in (got, want)]
     assert [{k: v for k, v in r.items() if k not in MEASURED} for r in results][0] == {
         k: v for k, v in results[1].items() if k not in MEASURED
@@ -266,6 +268,7 @@ def test_settings_that_move_no_weight_may_change(pattern_folder, shards, short_r
     changes = {
         "train.resume": str(short_run / "last"),
         "train.log_every": 3,
+        "train.record_every": 2,
         "train.keep_last": 4,
         "train.device": "auto",
         "data.num_workers": 1,

@@ -72,7 +72,7 @@ def test_tars_give_the_metrics_of_the_shard_folder(
     want = evaluate(model, shard_set, config, settings, rows=shuffled, num_neighbours=1)
     assert as_row(got) == pytest.approx(as_row(want), rel=1e-12)
     assert as_row(got) == pytest.approx(as_row(evaluate(model, shard_set, config, settings)), rel=1e-12)
-    assert torch.equal(got.neighbours, want.neighbours) and got.num_queries == 48
+    assert torch.equal(got.result.neighbours, want.result.neighbours) and got.result.num_queries == 48
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -94,7 +94,7 @@ def test_shards_of_a_folder_are_plain_tars_too(shards, shard_set, model, setting
     """Whole, without looking at manifest or index."""
     got = evaluate_tars(model, TarSets([f"{shards}/*.tar"]), EvalConfig(), settings)
     want = evaluate(model, shard_set, EvalConfig(), settings, rows=np.arange(len(shard_set)))
-    assert as_row(got) == pytest.approx(as_row(want), rel=1e-12) and got.num_queries == 96
+    assert as_row(got) == pytest.approx(as_row(want), rel=1e-12) and got.result.num_queries == 96
 
 
 QUERY_GALLERY = EvalConfig(protocol="query_gallery", ks=(1, 10))
@@ -223,7 +223,7 @@ def test_a_file_that_cannot_be_saved_is_refused_first(shard_set, model, settings
     def unexpected(*args: object, **options: object) -> None:
         raise AssertionError("embedded")
 
-    monkeypatch.setattr("gcahng.training.evaluation.embed_rows", unexpected)
+    monkeypatch.setattr("gcahng.training.evaluation.embed_part", unexpected)
     monkeypatch.setattr("gcahng.training.evaluation.embed_tars", unexpected)
     cases = [
         (tmp_path / "a.npy", "expected a name that ends in .npz"),

@@ -44,6 +44,7 @@ STEP_KEYS = LOSSES | {
     "epoch",
     "synthetic_weight",
     "pull_factor",
+    "hard_negative_ratio",
     "lr_metric_model",
     "lr_graph",
     "lr_classifier",
@@ -63,6 +64,7 @@ EVALUATION_KEYS = {
     "recall_at_4",
     "r_precision",
     "map_at_r",
+    "mrr",
     "num_queries",
     "num_without_reference",
 }
@@ -202,7 +204,7 @@ def test_training_finds_what_tells_unseen_classes_apart(shards, tmp_path) -> Non
     settings = BASELINE | {"train.epochs": 6, "optim.metric_model.schedule.name": "constant"}
     trainer = make_trainer(shards, tmp_path / "run", settings)
     fresh = EmbeddingSettings(trainer.data.transform, 48, 0, trainer.device)
-    before = evaluate(trainer.parts.metric_model, trainer.data.shards, trainer.config.eval, fresh)
+    before = evaluate(trainer.parts.metric_model, trainer.data.shards, trainer.config.eval, fresh).result
     results = trainer.run()
     assert results["last"]["map_at_r"] > before.map_at_r + 0.1
     losses = [row["metric_loss"] for row in rows_of(tmp_path / "run", "step")]

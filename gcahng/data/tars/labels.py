@@ -29,6 +29,10 @@ class Label(NamedTuple):
     kind: str
 
 
+NO_LABEL = Label(0, "no label")
+"""Of samples whose class is not looked for."""
+
+
 def read_label(sample: TarSample, field: str | None, name: str) -> Label:
     """The class of a sample: `.cls`, or else the first of `LABEL_FIELDS` in `.json`.
 

@@ -18,7 +18,7 @@ from gcahng.data.images.transforms import eval_transform
 from gcahng.data.ranks import check_rank
 from gcahng.data.stores import CacheSettings, open_store
 from gcahng.data.tars.deal import Piece, deal_pieces
-from gcahng.data.tars.labels import Label, read_label
+from gcahng.data.tars.labels import NO_LABEL, Label, read_label
 from gcahng.data.tars.locations import TarPlace, find_tars
 from gcahng.data.tars.members import MAX_MEMBER_BYTES, TarMembers
 from gcahng.data.tars.samples import TarSample, image_of, tar_samples
@@ -128,6 +128,7 @@ def tar_loader(
     rank: int = 0,
     world_size: int = 1,
     label_field: str | None = None,
+    labelled: bool = True,
     on_error: Literal["fail", "skip"] = "fail",
     pin_memory: bool = False,
     max_pixels: int = MAX_PIXELS,
@@ -135,9 +136,8 @@ def tar_loader(
 ) -> TarLoader:
     """Load the images of plain WebDataset tars, which any tool may have made, for embedding or evaluation.
 
-    Every image comes once over all ranks and workers, without padding; ranks may get unequal numbers. The images of a
-    rank come in no promised order: `restore_order` brings those of all ranks back into the order of the tars. A tar is
-    read from front to back in large parts, never as a whole.
+    Every image comes once over all ranks and workers, without padding; ranks may get unequal numbers, in no promised
+    order: `restore_order` brings those of all ranks back into the order of the tars. A tar is read in large parts.
 
     Args:
         locations: Paths or URLs, see `find_tars`.
@@ -147,6 +147,7 @@ def tar_loader(
         rank: Of this process.
         world_size: Number of ranks.
         label_field: Field of `.json` that holds the class; None looks as `read_label` says.
+        labelled: False looks for no label at all: every label is 0.
         on_error: At an image that cannot be decoded or is missing: "fail", or "skip" it and count it. A damaged tar,
             and a sample without a label, are always an error.
         pin_memory: Put images into page-locked memory.
@@ -172,6 +173,7 @@ def tar_loader(
         transform=transform,
         batch_size=batch_size,
         label_field=label_field,
+        labelled=labelled,
         on_error=on_error,
         max_pixels=max_pixels,
         max_member_bytes=max_member_bytes,
@@ -230,6 +232,7 @@ class _TarImages(IterableDataset["_Answer | Failure"]):
         transform: TransformSettings,
         batch_size: int,
         label_field: str | None,
+        labelled: bool,
         on_error: str,
         max_pixels: int,
         max_member_bytes: int,
@@ -238,6 +241,7 @@ class _TarImages(IterableDataset["_Answer | Failure"]):
         self.transform = transform
         self.batch_size = batch_size
         self.label_field = label_field
+        self.labelled = labelled
         self.on_error = on_error
         self.max_pixels = max_pixels
         self.max_member_bytes = max_member_bytes
@@ -301,7 +305,9 @@ class _Reader:
 
     def _image(self, sample: TarSample, piece: Piece) -> _Image | None:
         tar = f"Tar {piece.tar.location}:"
-        label = read_label(sample, self._settings.label_field, f"{tar} sample {sample.key!r}")
+        label = NO_LABEL
+        if self._settings.labelled:
+            label = read_label(sample, self._settings.label_field, f"{tar} sample {sample.key!r}")
         try:
             content = image_of(sample, f"{tar} sample {sample.key!r}")
             pixels = self._pixels(content, f"{tar} the image of sample {sample.key!r}")

@@ -1,0 +1,48 @@
+"""Templates of the page. Everything put into them is escaped, names of classes, keys and runs above all."""
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup
+
+from gcahng.errors import InputError
+from gcahng.report.section import Table
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+FOLDER = Path(__file__).parent / "templates"
+_NUMBER = re.compile(r"[-+]?[\d,]+(\.\d+)?( ± \d+(\.\d+)?)?( ?%)?|[-\u2013]")
+
+
+@cache
+def environment() -> "Environment":
+    """The templates, with autoescape.
+
+    Raises:
+        InputError: jinja2 is missing.
+    """
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError as error:
+        raise InputError(
+            "The report needs jinja2, which is not installed. Install it with: pip install 'gcahng[report]'"
+        ) from error
+    made = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.tests["number_text"] = lambda text: _NUMBER.fullmatch(text) is not None
+    return made
+
+
+def table_markup(table: Table, own_rows: Sequence[int] = ()) -> Markup:
+    """A table whose rows of these numbers stand out."""
+    module = environment().get_template("parts.html").make_module()
+    return Markup(module.table(table, frozenset(own_rows)))  # type: ignore[attr-defined]
