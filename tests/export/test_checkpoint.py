@@ -168,9 +168,13 @@ def test_a_full_disk_leaves_nothing(run_dir: Path, tmp_path: Path, monkeypatch: 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_size_that_the_backbone_refuses() -> None:
+def test_a_size_that_the_backbone_refuses(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vit = build_embedder("vit_tiny_patch16_224", embedding_dim=4, backbone_args={"img_size": 32, "depth": 1})
     model = ExportedModel(vit, transform_settings(image_size=48), l2_normalise=True)
     check_image_size(ExportedModel(vit, transform_settings(image_size=32)), torch.zeros(2, 3, 32, 32))
     with pytest.raises(InputError, match=r"cannot embed images of 48 x 48 pixels: Backbone `vit_tiny.* refuses"):
         check_image_size(model, torch.zeros(2, 3, 48, 48))
+    _, config = load_metric_model(run_dir / "last")
+    monkeypatch.setattr("gcahng.export.checkpoint.load_metric_model", lambda path, overrides: (vit, config))
+    with pytest.raises(InputError, match=r"`--image-size`: the model cannot embed images of 16 x 16 pixels"):
+        export_checkpoint(run_dir / "last", tmp_path / "m.onnx", ONNX)
