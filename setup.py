@@ -45,7 +45,7 @@ setup(
         "fsspec>=2024.2",
     ],
     extras_require={
-        # Draw the embedded data set `glyphs` and the demo's picture.
+        # Draw the embedded data set `glyphs`.
         "glyphs": GLYPHS,
         # Read cars_annos.mat of Cars-196.
         "cars": CARS,

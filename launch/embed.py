@@ -1,14 +1,13 @@
 """Embed images into an index folder that `launch/search.py` and other tools read.
 
-`python launch/embed.py --run runs/NAME --out INDEX [--which last|best|best_test] [--split test]`
-`python launch/embed.py --checkpoint runs/NAME/step-N --out INDEX --data data/OTHER --format parquet`
-`accelerate launch launch/embed.py --run runs/NAME --out INDEX --tars 'DIR/*.tar' [--label-field NAME]`
+  python launch/embed.py --run runs/NAME --out INDEX [--which last|best|best_test] [--split test]
+  python launch/embed.py --checkpoint runs/NAME/step-N --out INDEX --data data/OTHER --format parquet
+  accelerate launch launch/embed.py --run runs/NAME --out INDEX --tars 'DIR/*.tar' [--label-field NAME]
 
 Killed at any moment, the same command continues where it was.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from gcahng.errors import ConfigError
@@ -17,24 +16,24 @@ from gcahng.search.index_info import LAYOUTS
 from gcahng.search.unfinished import PART_IMAGES, IndexTarget
 from gcahng.training.evaluate_checkpoint import evaluation_config
 from gcahng.training.launched import end, launched
+from launch.checkpoints import (
+    add_checkpoint_options,
+    add_image_options,
+    add_settings,
+    check_pattern,
+    chosen_path,
+    image_settings,
+)
 from launch.cli import run
-from launch.evaluate import chosen_path
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line's options."""
-    parser = argparse.ArgumentParser(prog="launch/embed.py", description="Embeddings with keys and labels.")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, help="run folder")
-    source.add_argument("--checkpoint", type=Path, help="checkpoint folder step-N, or a file in it")
-    parser.add_argument("--which", default="last", choices=("last", "best", "best_test"))
-    data = parser.add_mutually_exclusive_group()
-    data.add_argument("--data", help="shard folder or its URL; by default the one of the run")
-    data.add_argument(
-        "--tars",
-        action="append",
-        help="plain WebDataset tars instead: a quoted 'DIR/*.tar' or 'https://.../test-{000..003}.tar'; repeatable",
+    parser = argparse.ArgumentParser(
+        prog="launch/embed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_checkpoint_options(parser)
+    add_image_options(parser)
     parser.add_argument("--split", help="split of the shard folder; default: eval.split of the run")
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--label-field", help="field of the tars' .json members that holds the class")
@@ -51,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"images of a part, which is embedded again when a rank is killed in it; default: {PART_IMAGES}",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_settings(parser)
     return parser.parse_intermixed_args(arguments)
 
 
@@ -68,11 +67,7 @@ def check(options: argparse.Namespace) -> None:
         return
     if options.split is not None:
         raise ConfigError("`--split` is of shard folders: --tars have none. Leave it out.")
-    loose = [word for word in options.overrides if "=" not in word]
-    if loose:
-        raise ConfigError(
-            f"`--tars` takes one path, {loose[0]!r} comes after it. Put the pattern in quotes: --tars 'DIR/*.tar'."
-        )
+    check_pattern(options)
 
 
 def main() -> int:
@@ -82,10 +77,8 @@ def main() -> int:
     target = IndexTarget(options.out, options.format, options.normalise, options.overwrite, options.part_images)
     target.check()
     path = chosen_path(options)
-    overrides = list(options.overrides)
-    if options.data is not None:
-        overrides.append(f"data.dir={json.dumps(options.data, ensure_ascii=False)}")
-    started = launched(evaluation_config(path, overrides))
+    overrides = image_settings(options)
+    started = launched(evaluation_config(path, overrides), training=False)
     info = embed_checkpoint(
         path,
         target,

@@ -1,7 +1,7 @@
 """Export the metric model of a run or a checkpoint for other programs, checked against the model.
 
-`python launch/export.py --run runs/NAME --output model.onnx [--which last|best|best_test]`
-`python launch/export.py --checkpoint runs/NAME/step-N --output model.pt2 --format torch-export`
+python launch/export.py --run runs/NAME --output model.onnx [--which last|best|best_test]
+python launch/export.py --checkpoint runs/NAME/step-N --output model.pt2 --format torch-export
 """
 
 import argparse
@@ -11,17 +11,16 @@ from gcahng.export import Exported, ExportSettings, export_checkpoint
 from gcahng.export.check import TOLERANCE
 from gcahng.export.formats import FORMATS
 from gcahng.training.launched import require_one_process
+from launch.checkpoints import add_checkpoint_options, add_settings, chosen_path
 from launch.cli import run
-from launch.evaluate import chosen_path
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line's options."""
-    parser = argparse.ArgumentParser(prog="launch/export.py", description="ONNX or torch.export of the metric model.")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, help="run folder")
-    source.add_argument("--checkpoint", type=Path, help="checkpoint folder step-N, or a file in it")
-    parser.add_argument("--which", default="last", choices=("last", "best", "best_test"))
+    parser = argparse.ArgumentParser(
+        prog="launch/export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_checkpoint_options(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write: .onnx or .pt2")
     parser.add_argument("--format", default="onnx", choices=tuple(FORMATS), help="default: onnx")
     parser.add_argument("--normalise", action="store_true", help="embeddings of length 1 (L2-normalised)")
@@ -38,7 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=TOLERANCE,
         help=f"largest difference from the model, as a share of an embedding's largest entry; default: {TOLERANCE}",
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_settings(parser)
     return parser.parse_intermixed_args(arguments)
 
 

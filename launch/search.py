@@ -1,20 +1,20 @@
 """Find the stored images nearest to others.
 
-`python launch/search.py INDEX IMAGE [IMAGE ...] [--k 10] [--picture FILE.png] [--json FILE] [--approximate ivf]`
+  python launch/search.py INDEX IMAGE [IMAGE ...] [--k 10] [--picture FILE.png] [--json FILE] [--approximate ivf]
 
-INDEX is a folder of `launch/embed.py`, or a file of embeddings (.npz, .parquet) with --checkpoint; IMAGE a JPEG, PNG or
-WebP file, or a folder of them. The query images go through the model that made the index.
+INDEX is a folder of launch/embed.py, or a file of embeddings (.npz, .parquet) with --checkpoint; IMAGE a JPEG, PNG or
+WebP file, or a folder of them. The images go through the model that made the index, from the checkpoint that it names.
+Where the model of that one is code from outside this library, it is run only if --checkpoint names it, too.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gcahng.errors import ConfigError, DataError
-from gcahng.search.approximate import KINDS
+from gcahng.search.approximate import KINDS, load_faiss
 from gcahng.search.lookup import (
     Match,
     approximate_index,
@@ -28,20 +28,31 @@ from gcahng.search.lookup import (
 )
 from gcahng.search.store import EmbeddingStore
 from gcahng.search.stored_images import draw_matches, stored_images
+from gcahng.training.canvas import require_matplotlib
+from gcahng.training.evaluation_report import write_json
 from gcahng.training.launched import require_one_process
+from gcahng.training.output_files import check_output
 from launch.cli import run
 
+FOUND = 10
+"""Images that are found for each by default."""
 MOST_DRAWN = 20
 """Query images that a picture shows."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line's options."""
-    parser = argparse.ArgumentParser(prog="launch/search.py", description="Nearest stored images.")
+    parser = argparse.ArgumentParser(
+        prog="launch/search.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("index", type=Path, metavar="INDEX", help="index folder, or a file .npz or .parquet")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image, or a folder of images")
-    parser.add_argument("--k", type=int, default=10, help="images to find for each; default: 10")
-    parser.add_argument("--checkpoint", type=Path, help="where the checkpoint is now; by default as the index says")
+    parser.add_argument("--k", type=int, help="images to find for each; default: 10, or all where INDEX has fewer")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="where the checkpoint is now; by default as the index says",
+    )
     parser.add_argument("--data", help="where the embedded shard folder is now, for --picture")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw what was found")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found to this file")
@@ -63,15 +74,19 @@ def check(options: argparse.Namespace) -> None:
     """Refuse what could not be written or done in the end.
 
     Raises:
-        ConfigError: A folder does not exist, or a name has another ending.
+        InputError: A file cannot be written, a name has another ending, or a library is missing.
     """
-    for name, file, suffix in (("--picture", options.picture, ".png"), ("--json", options.json, "")):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ConfigError(f"`{name}` {file}: the folder does not exist. Create it first.")
-        if file is not None and not file.name.endswith(suffix):
-            raise ConfigError(f"`{name}` {file}: expected a name that ends in {suffix}. Rename it.")
+    for name, file in (("--picture", options.picture), ("--json", options.json)):
+        if file is not None:
+            check_output(name, file)
+    if options.picture is not None:
+        if options.picture.suffix != ".png":
+            raise ConfigError(f"`--picture` {options.picture}: expected a name that ends in .png. Rename it.")
+        require_matplotlib()
     if options.approximate is not None and not options.index.is_dir():
         raise ConfigError("`--approximate` keeps its index in the folder INDEX: expected a folder. Leave it out.")
+    if options.approximate is not None:
+        load_faiss()
 
 
 def report(name: str, found: Sequence[Match]) -> str:
@@ -110,17 +125,18 @@ def main() -> int:
     require_one_process("launch/search.py")
     check(options)
     store = EmbeddingStore.open(options.index, verify=options.verify)
-    if not 1 <= options.k <= store.count:
-        raise ConfigError(f"`--k` must be from 1 to the {store.count} images of {options.index}, got {options.k}.")
+    k = min(FOUND, store.count) if options.k is None else options.k
+    if not 1 <= k <= store.count:
+        raise ConfigError(f"`--k` must be from 1 to the {store.count} images of {options.index}, got {k}.")
     files = image_files(options.images)
     model, settings = load_query_model(store.info, options.checkpoint, options.set)
     embeddings = embed_files(model, files, settings)
-    record: dict[str, Any] = {"index": str(options.index), "k": options.k}
+    record: dict[str, Any] = {"index": str(options.index), "k": k}
     notes = []
     if options.approximate is None:
-        found = matches(store, *nearest_stored(store, embeddings, options.k, device=settings.device))
+        found = matches(store, *nearest_stored(store, embeddings, k, device=settings.device))
     else:
-        answer = approximate_index(store, options.approximate).search(embeddings, options.k)
+        answer = approximate_index(store, options.approximate).search(embeddings, k)
         found = matches(store, answer.scores, answer.indices)
         recall = asdict(answer.measured)
         record |= {"approximate": options.approximate, "measured": recall}
@@ -133,7 +149,7 @@ def main() -> int:
         print(note)
     if options.json is not None:
         record["queries"] = [as_json(name, of_query) for name, of_query in zip(names, found, strict=True)]
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, record)
     if options.picture is not None:
         draw(options, store, files, found)
     return 0

@@ -34,8 +34,8 @@ def contiguous_rows(own: Tensor, places: Tensor, count: int, ranks: Ranks) -> Te
         )
         if ranks.size > 1 and size:
             rows, at = rows.contiguous(), at.contiguous()
-            dist.broadcast(rows, sender, group=ranks.host_group)
-            dist.broadcast(at, sender, group=ranks.host_group)
+            dist.broadcast(rows, group=ranks.host_group, group_src=sender)
+            dist.broadcast(at, group=ranks.host_group, group_src=sender)
         mine = ((at >= part.start) & (at < part.stop)).nonzero().flatten()
         found[at[mine] - part.start] = rows[mine]
         filled.index_add_(0, at[mine] - part.start, torch.ones_like(mine))
@@ -57,13 +57,13 @@ def rows_on_first(own: Tensor, ranks: Ranks) -> Tensor | None:
     sizes = ranks.all_of(len(own))
     if not ranks.first:
         if len(own):
-            dist.send(own.contiguous(), 0, group=ranks.host_group)
+            dist.send(own.contiguous(), group=ranks.host_group, group_dst=0)
         return None
     found = own.new_empty(sum(sizes), own.shape[1])
     start = sizes[0]
     found[:start] = own
     for sender, size in enumerate(sizes[1:], 1):
         if size:
-            dist.recv(found[start : start + size], sender, group=ranks.host_group)
+            dist.recv(found[start : start + size], group=ranks.host_group, group_src=sender)
         start += size
     return found

@@ -13,6 +13,7 @@ from gcahng.errors import InputError
 from gcahng.metrics.tiles import has_fast_bf16
 
 Precision = Literal["auto", "bf16", "fp32"]
+_ROWS_AT_ONCE = 4096
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -43,7 +44,8 @@ def check_finite(name: str, embeddings: Tensor) -> None:
     Raises:
         InputError: names the first such row and counts them.
     """
-    finite = embeddings.isfinite().all(dim=1)
+    # By slices: the mask of the whole, and what it is made of, would be larger than the embeddings.
+    finite = torch.cat([part.isfinite().all(dim=1) for part in embeddings.split(_ROWS_AT_ONCE)])
     if not bool(finite.all()):
         rows = finite.logical_not().nonzero().flatten()
         raise InputError(

@@ -5,16 +5,18 @@ leaves open on which side of a reference it stands, its exact score and then the
 those of the exact scores, whatever tiles were used. Queries whose first reference lies far down would have most of the
 gallery as candidates; `count_far` counts these without listing them.
 
-Shapes: T = `BLOCK`, c candidates.
+Shapes: T items of a block, c candidates.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from gcahng.metrics.references import ReferenceRanks
-from gcahng.metrics.tiles import BLOCK, Tile, TileMaker, Vectors, computed_limits
+from gcahng.metrics.tiles import BLOCK, FINER, Tile, TileMaker, Vectors, computed_limits, padded
 from gcahng.metrics.unit_vectors import pair_scores
 
 # A query block's first tile is looked at in growing slices: after each, far references are dropped, so that the
@@ -22,9 +24,14 @@ from gcahng.metrics.unit_vectors import pair_scores
 FIRST_SLICES = (0, 128, 256, 512, 1024, BLOCK)
 # Candidates that are collected before they are looked at: many at once use all threads.
 _MOST_PENDING = 1 << 17
-# Open pairs of a tile from which on float32 tiles cost less than scoring so many one by one.
-_CROWDED = BLOCK * BLOCK // 256
+# Open pairs of a tile from which on finer tiles cost less than scoring so many one by one.
+CROWDED = BLOCK * BLOCK // 256
 _GROUP = 8
+
+
+def slices_of(width: int, *, first: bool) -> Iterator[tuple[int, int]]:
+    """Begin and end of the slices in which so many items of a tile are looked at: the first tile's grow."""
+    return pairwise([*(bound for bound in FIRST_SLICES if bound < width), width] if first else [0, width])
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Items:
     """Images of a set or of a part of it.
 
     Attributes:
-        vectors: Of a multiple of `BLOCK` rows, zero behind the items.
+        vectors: Of a multiple of `STEP` rows, zero behind the items.
         labels: (n,) int64.
         first_index: Gallery index of the first item.
     """
@@ -46,8 +53,8 @@ class Items:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of `BLOCK` items."""
-        return len(self.vectors.exact) // BLOCK
+        """Blocks of `BLOCK` items, the last one shorter."""
+        return -(-len(self.vectors.exact) // BLOCK)
 
     def block(self, number: int) -> Vectors:
         """The vectors of a block."""
@@ -58,14 +65,14 @@ class Counting:
     """Counts the items of one set that are ahead of the references of the queries of one set.
 
     Attributes:
-        low: By query block: whether bfloat16 tiles pay.
+        dtypes: By query block: what its tiles are to be computed in.
     """
 
-    def __init__(self, queries: Items, gallery: Items, ranks: ReferenceRanks) -> None:
+    def __init__(self, queries: Items, gallery: Items, ranks: ReferenceRanks, dtype: torch.dtype | None = None) -> None:
         self.queries = queries
         self.gallery = gallery
         self.ranks = ranks
-        self.low = [queries.vectors.low is not None] * queries.num_blocks
+        self.dtypes = [dtype or queries.vectors.coarsest] * queries.num_blocks
         self._visits = [0] * queries.num_blocks
         self._uncounted_visits = [0] * queries.num_blocks
         self._due: set[int] = set()
@@ -84,12 +91,10 @@ class Counting:
 
     def take(self, tile: Tile, block: int, item_block: int, *, by_column: bool) -> None:
         """Count a tile for the queries of a block: its rows, or with `by_column` its columns."""
-        bounds = FIRST_SLICES if self._visits[block] == 0 else (0, BLOCK)
-        for begin, end in zip(bounds, bounds[1:], strict=False):
-            if item_block * BLOCK + begin >= len(self.gallery):
-                break
+        first = self._visits[block] == 0
+        for begin, end in slices_of(tile.scores.shape[0 if by_column else 1], first=first):
             self._collect(tile, block, item_block, by_column, begin, end)
-            if len(bounds) > 2:
+            if first:
                 self._due.add(block)
                 self.flush()
         self._visits[block] += 1
@@ -104,7 +109,7 @@ class Counting:
         if self._pending:
             query, item, score, error = (torch.cat(found) for found in zip(*self._pending, strict=True))
             self._pending, self._num_pending = [], 0
-            self._count(query, item, score.double(), error.double())
+            self._count(query, item, score, error.double())
         for block in self._due:
             self.ranks.drop(*self._part(block))
             self._wanted[block] = self._is_wanted(block)
@@ -130,7 +135,7 @@ class Counting:
             query, item = at_least_by_row(part, limits)
             computed = part[query, item]
         error = error[query] + tile.stored_roundoff * computed.abs()
-        self._pending.append((query + block * BLOCK, item + (item_block * BLOCK + begin), computed.float(), error))
+        self._pending.append((query + block * BLOCK, item + (item_block * BLOCK + begin), computed.double(), error))
         self._num_pending += len(query)
 
     def _count(self, query: Tensor, item: Tensor, score: Tensor, error: Tensor) -> None:
@@ -142,14 +147,17 @@ class Counting:
         position = self.ranks.behind(query, score + error)
         is_open = self.ranks.reaches(query, position, score - error).nonzero().squeeze(1)
         query_open, item_open = query[is_open], item[is_open]
-        exact = pair_scores(self.queries.vectors.exact, self.gallery.vectors.exact, query_open, item_open)
+        exact = score[is_open]
+        unsure = (error[is_open] > 0).nonzero().squeeze(1)
+        pairs = query_open[unsure], item_open[unsure]
+        exact[unsure] = pair_scores(self.queries.vectors.exact, self.gallery.vectors.exact, *pairs)
         position[is_open] = self.ranks.behind_exactly(query_open, exact, item_open + self.gallery.first_index)
         self.ranks.add(query, position)
-        num_open = torch.bincount(query_open // BLOCK, minlength=self.queries.num_blocks).tolist()
+        num_unsure = torch.bincount(pairs[0] // BLOCK, minlength=self.queries.num_blocks).tolist()
         for block, visits in enumerate(self._uncounted_visits):
             # Not judged by the first tile, which meets all references.
-            if self._visits[block] > 1 and visits:
-                self.low[block] &= num_open[block] <= _CROWDED * visits
+            if self._visits[block] > 1 and num_unsure[block] > CROWDED * visits:
+                self.dtypes[block] = FINER[self.dtypes[block]]
             self._uncounted_visits[block] = 0
 
 
@@ -167,8 +175,8 @@ def visit(maker: TileMaker, forward: Counting, row: int, backward: Counting | No
     if backward is not None and backward.wants(column):
         sides.append((backward, column, row, True))
     if sides:
-        low = all(counting.low[block] for counting, block, _, _ in sides)
-        tile = maker.tile(forward.queries.block(row), forward.gallery.block(column), low=low)
+        dtype = max((counting.dtypes[block] for counting, block, _, _ in sides), key=lambda each: each.itemsize)
+        tile = maker.tile(forward.queries.block(row), forward.gallery.block(column), dtype)
         for counting, block, other, by_column in sides:
             counting.take(tile, block, other, by_column=by_column)
 
@@ -188,43 +196,47 @@ def count_far(
     Returns:
         (f,) int64 number of items of other classes.
     """
-    rows = vectors.new_zeros((BLOCK, vectors.shape[1]))
-    rows[: len(far)] = vectors
-    count = torch.zeros_like(far)
+    rows, count, dtype = Vectors(exact=padded(vectors)), torch.zeros_like(far), torch.float32
     for block in range(gallery.num_blocks):
-        tile = maker.tile(Vectors(exact=rows), gallery.block(block), low=False)
-        count += _count_tile(ranks, far, tile, vectors, own_index, gallery, block * BLOCK)
+        part = Items(gallery.block(block), gallery.labels[block * BLOCK :][:BLOCK], gallery.first_index + block * BLOCK)
+        found = None
+        while found is None:
+            tile = maker.tile(rows, part.vectors, dtype)
+            found = _count_tile(ranks, far, tile, vectors, own_index, part)
+            dtype = FINER[dtype] if found is None else dtype
+        count += found
     return count
 
 
 def _count_tile(
-    ranks: ReferenceRanks,
-    far: Tensor,
-    tile: Tile,
-    vectors: Tensor,
-    own_index: Tensor | None,
-    gallery: Items,
-    start: int,
-) -> Tensor:
-    """The part of `count_far` in the block of items that begins at position `start`."""
+    ranks: ReferenceRanks, far: Tensor, tile: Tile, vectors: Tensor, own_index: Tensor | None, items: Items
+) -> Tensor | None:
+    """The part of `count_far` in one block of items; None where the tile leaves too many pairs open."""
     position = ranks.offset[far]
     score, index = ranks.score[position], ranks.index[position]
-    scores, inside = tile.scores[: len(far)], min(BLOCK, len(gallery) - start)
+    scores = tile.scores[: len(far)]
     if own_index is not None:
-        own = own_index - (gallery.first_index + start)
-        here = ((own >= 0) & (own < inside)).nonzero().squeeze(1)
+        own = own_index - items.first_index
+        here = ((own >= 0) & (own < len(items))).nonzero().squeeze(1)
         scores[here, own[here]] = -torch.inf
-    scores[:, inside:] = -torch.inf
+    scores[:, len(items) :] = -torch.inf
+    if scores.dtype == torch.float64:
+        # None of the query's class is ahead of its first reference.
+        places = torch.arange(items.first_index, items.first_index + scores.shape[1], device=far.device)
+        return _count_rows(
+            (scores > score.unsqueeze(1)) | ((scores == score.unsqueeze(1)) & (places < index.unsqueeze(1)))
+        )
     error = tile.row_error[: len(far)].double()
     above = scores >= _float_from_above(score + error).unsqueeze(1)
-    near = scores >= -_float_from_above(error - score).unsqueeze(1)
+    is_open = (scores >= -_float_from_above(error - score).unsqueeze(1)) ^ above
     count = _count_rows(above)
-    query, item = _true_places(near ^ above)
-    item += start
-    others = ranks.labels[far[query]] != gallery.labels[item]
+    if int(_count_rows(is_open).sum()) > CROWDED:
+        return None
+    query, item = _true_places(is_open)
+    others = ranks.labels[far[query]] != items.labels[item]
     query, item = query[others], item[others]
-    exact = pair_scores(vectors, gallery.vectors.exact, query, item)
-    ahead = (exact > score[query]) | ((exact == score[query]) & (item + gallery.first_index < index[query]))
+    exact = pair_scores(vectors, items.vectors.exact, query, item)
+    ahead = (exact > score[query]) | ((exact == score[query]) & (item + items.first_index < index[query]))
     return count.index_add_(0, query[ahead], torch.ones_like(query[ahead]))
 
 
@@ -234,7 +246,7 @@ def _float_from_above(values: Tensor) -> Tensor:
 
 
 def _count_rows(mask: Tensor) -> Tensor:
-    """(rows,) int64 true entries of rows of `BLOCK`: bytes are added eight at a time, no sum of them exceeds 255."""
+    """(rows,) int64 true entries of up to `BLOCK` columns: bytes are added eight at a time, no sum exceeds 255."""
     lanes = mask.view(torch.int64).sum(dim=1, keepdim=True)
     return lanes.view(torch.uint8).sum(dim=1, dtype=torch.int64)
 

@@ -41,11 +41,15 @@ def measure(offset: Tensor, ranks: Tensor, precision_ks: Sequence[int]) -> Query
         offset: (q + 1,) where the references of each query begin.
         ranks: (m,) ranks from 1, ascending within a query; any larger number for a rank beyond R and all ks.
         precision_ks: Values of k.
+    Returns:
+        On the CPU.
     """
+    # On the CPU, which adds in one order: sums on a GPU differ from run to run in their last bit.
+    offset, ranks = offset.cpu(), ranks.cpu()
     num_references = offset.diff()
-    query = torch.arange(len(num_references), device=ranks.device).repeat_interleave(num_references)
-    place = torch.arange(1, len(ranks) + 1, device=ranks.device) - offset[query]
-    zeros = torch.zeros(len(num_references), dtype=torch.float64, device=ranks.device)
+    query = torch.arange(len(num_references)).repeat_interleave(num_references)
+    place = torch.arange(1, len(ranks) + 1) - offset[query]
+    zeros = torch.zeros(len(num_references), dtype=torch.float64)
     divisor = num_references.to(torch.float64)  # 0 / 0 = NaN marks the queries without a reference
 
     def total(values: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 One order everywhere: higher score first, among equal scores the lower gallery index first.
 
-Shapes: Q queries, G gallery items, D channels, T = `BLOCK`, c candidates.
+Shapes: Q queries, G gallery items, D channels, q queries of a block, c candidates.
 """
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gcahng.metrics import checks
 from gcahng.metrics.checks import Precision
-from gcahng.metrics.counting import FIRST_SLICES, Items, at_least_by_row
+from gcahng.metrics.counting import CROWDED, Items, at_least_by_row, slices_of
 from gcahng.metrics.references import counts_to_offsets
-from gcahng.metrics.tiles import BLOCK, TileMaker, Vectors, computed_limits
+from gcahng.metrics.tiles import BLOCK, FINER, TileMaker, Vectors, computed_limits, padded, padded_count
 from gcahng.metrics.unit_vectors import full_precision, pair_scores, unit_vectors
 
 _MOST_PENDING = 1 << 18
@@ -60,7 +60,7 @@ def nearest(
 
 def padded_items(embeddings: Tensor, labels: Tensor, first_index: int = 0, *, low: bool) -> Items:
     """Unit vectors of embeddings, ready for tiles."""
-    unit = unit_vectors(embeddings, -(-len(embeddings) // BLOCK) * BLOCK)
+    unit = unit_vectors(embeddings, padded_count(len(embeddings)))
     return Items(Vectors.of(unit, low=low), labels, first_index)
 
 
@@ -93,15 +93,13 @@ class _Pool:
     """Candidates of up to `BLOCK` queries, with bounds of their scores."""
 
     def __init__(self, unit_queries: Tensor, gallery: Items, k: int, exclude: Tensor | None) -> None:
-        rows = unit_queries.new_zeros((BLOCK, unit_queries.shape[1]))
-        rows[: len(unit_queries)] = unit_queries
-        self.low = gallery.vectors.low is not None
-        self.queries = Vectors.of(rows, low=self.low)
+        self.dtype = gallery.vectors.coarsest
+        self.queries = Vectors.of(padded(unit_queries), low=gallery.vectors.low is not None)
         self.num_queries = len(unit_queries)
         self.gallery, self.k, self.exclude = gallery, k, exclude
         # What a query's k-th best item surely reaches.
-        self.least = rows.new_full((self.num_queries,), -torch.inf, dtype=torch.float64)
-        none = torch.empty(0, dtype=torch.int64, device=rows.device)
+        self.least = unit_queries.new_full((self.num_queries,), -torch.inf, dtype=torch.float64)
+        none = torch.empty(0, dtype=torch.int64, device=unit_queries.device)
         self.query, self.item = none, none
         self.lower, self.upper = none.double(), none.double()
         self._settled = 0
@@ -109,10 +107,12 @@ class _Pool:
     def fill(self, maker: TileMaker) -> tuple[Tensor, Tensor]:
         """Look at the whole gallery; returns (q, k) exact scores and indices."""
         for block in range(self.gallery.num_blocks):
-            tile = maker.tile(self.queries, self.gallery.block(block), low=self.low)
-            bounds = FIRST_SLICES if block == 0 else (0, BLOCK)
-            for begin, end in zip(bounds, bounds[1:], strict=False):
-                limits = computed_limits(tile, self.least, tile.row_error)
+            items, tile = self.gallery.block(block), None
+            for begin, end in slices_of(len(items.exact), first=block == 0):
+                if tile is None or tile.scores.dtype != self.dtype:
+                    tile = maker.tile(self.queries, items, self.dtype)
+                # What comes later and only scores as much as the k-th best has k before it.
+                limits = computed_limits(tile, self.least.nextafter(self.least.new_tensor(torch.inf)), tile.row_error)
                 query, item = at_least_by_row(tile.scores[:, begin:end], limits)
                 computed = tile.scores[:, begin:end][query, item].double()
                 error = tile.row_error[query].double() + tile.stored_roundoff * computed.abs()
@@ -144,6 +144,20 @@ class _Pool:
         self.query, self.item = self.query[kept], self.item[kept]
         self.lower, self.upper = self.lower[kept], self.upper[kept]
         self._settled = len(kept)
+        wanted = self.k * self.num_queries
+        if self.dtype != torch.float64 and len(kept) > 2 * wanted + CROWDED:
+            self.dtype = FINER[self.dtype]
+        if len(kept) > 4 * wanted + CROWDED:
+            self._keep_best()
+
+    def _keep_best(self) -> None:
+        """Leave only the k best of every query, by their exact scores."""
+        scores, indices = self._sorted()
+        self.query, place = (indices >= 0).nonzero(as_tuple=True)
+        self.item = indices[self.query, place] - self.gallery.first_index
+        self.lower = self.upper = scores[self.query, place]
+        self.least = torch.maximum(self.least, scores[:, -1])
+        self._settled = len(self.query)
 
     def _sorted(self) -> tuple[Tensor, Tensor]:
         exact = pair_scores(self.queries.exact, self.gallery.vectors.exact, self.query, self.item)

@@ -118,7 +118,7 @@ def _score_class(
     """All pairs of the given queries, which are of one class, with its items."""
     begin, count = int(start[rows[0]]), int(size[rows[0]])
     members = classes.by_class[begin : begin + count]
-    vectors, found = gallery[members], []
+    vectors, found = gallery[members].double(), []
     for part in rows.split(max(1, _ENTRIES_AT_ONCE // count)):
         scores = all_scores(queries[part], vectors)
         found.append((part.repeat_interleave(count), scores.flatten(), members.repeat(len(part))))

@@ -4,6 +4,7 @@ Shapes: Q queries, G gallery items, D embedding channels, R references of a quer
 excluded).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,11 @@ from gcahng.metrics.exchange import ALONE, Exchange
 from gcahng.metrics.measures import QueryMeasures
 from gcahng.metrics.nearest import padded_items
 from gcahng.metrics.search import Search
-from gcahng.metrics.unit_vectors import unit_vectors
+from gcahng.metrics.threads import on_threads
+from gcahng.metrics.tiles import BLOCK
+from gcahng.metrics.unit_vectors import full_precision, unit_vectors
+
+_BLOCKS_PER_THREAD = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,15 +116,18 @@ def retrieval(
     """
     inputs = exchange.agree(lambda: _check_own(query, query_labels, gallery, gallery_labels, exchange.parts > 1))
     checks.check_memory(memory_mb)
-    search = _prepare(inputs, exchange, low=checks.use_low_precision(precision, query.device), memory_mb=memory_mb)
-    candidates = search.num_items - search.is_self
-    ks = checks.check_ranks("ks", ks, candidates)
-    precision_ks = checks.check_ranks("precision_ks", precision_ks, candidates)
-    if num_neighbours != 0:
-        checks.check_ranks("num_neighbours", [num_neighbours], candidates)
-    measures = search.measures(precision_ks)
-    nearest = search.nearest(num_neighbours) if num_neighbours else None
-    return _average(search, measures, ks, precision_ks, nearest)
+    low = checks.use_low_precision(precision, query.device)
+
+    parts = _num_threads(inputs) if exchange.parts == 1 else 1
+
+    def search(inputs: _Inputs, exchange: Exchange) -> RetrievalResult:
+        found = _prepare(inputs, exchange, low=low, memory_mb=max(1, memory_mb // parts))
+        return _searched(found, tuple(ks), tuple(precision_ks), num_neighbours)
+
+    with full_precision():
+        if parts == 1:
+            return search(inputs, exchange)
+        return on_threads(parts, lambda others: search(inputs.part(others.part, parts), others))
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,26 @@ class _Inputs:
     query_labels: Tensor
     gallery: Tensor | None
     gallery_labels: Tensor
+
+    def part(self, part: int, parts: int) -> "_Inputs":
+        """A stretch of whole blocks of queries and of gallery."""
+        queries, items = (_stretch(len(labels), part, parts) for labels in (self.query_labels, self.gallery_labels))
+        gallery = None if self.gallery is None else self.gallery[items]
+        return _Inputs(self.query[queries], self.query_labels[queries], gallery, self.gallery_labels[items])
+
+
+def _stretch(count: int, part: int, parts: int) -> slice:
+    """Part `part` of `count` items, in whole blocks but for the end."""
+    blocks = -(-count // BLOCK)
+    return slice(blocks * part // parts * BLOCK, blocks * (part + 1) // parts * BLOCK)
+
+
+def _num_threads(inputs: _Inputs) -> int:
+    """Threads that search parts of their own: of a few blocks each."""
+    if inputs.query.device.type != "cpu":
+        return 1
+    blocks = -(-len(inputs.gallery_labels) // BLOCK)
+    return max(1, min(torch.get_num_threads(), blocks // _BLOCKS_PER_THREAD))
 
 
 def _check_own(
@@ -175,6 +203,19 @@ def _prepare(inputs: _Inputs, exchange: Exchange, *, low: bool, memory_mb: int) 
     return search
 
 
+def _searched(
+    search: Search, ks: tuple[int, ...], precision_ks: tuple[int, ...], num_neighbours: int
+) -> RetrievalResult:
+    candidates = search.num_items - search.is_self
+    ks = checks.check_ranks("ks", ks, candidates)
+    precision_ks = checks.check_ranks("precision_ks", precision_ks, candidates)
+    if num_neighbours != 0:
+        checks.check_ranks("num_neighbours", [num_neighbours], candidates)
+    measures = search.measures(precision_ks)
+    nearest = search.nearest(num_neighbours) if num_neighbours else None
+    return _average(search, measures, ks, precision_ks, nearest)
+
+
 def _average(
     search: Search,
     measures: QueryMeasures,
@@ -183,26 +224,31 @@ def _average(
     nearest: tuple[Tensor, Tensor] | None,
 ) -> RetrievalResult:
     """Means over the queries with a reference."""
-    num_references = torch.cat(search.num_references)
+    num_references = torch.cat(search.num_references).cpu()
     answerable = num_references > 0
     first_hit = measures.first_hit_rank[answerable]
-    without = answerable.logical_not().nonzero().flatten().cpu()
-    precisions = measures.precision_at_k[answerable].mean(dim=0).tolist()
+    without = answerable.logical_not().nonzero().flatten()
+    precisions = measures.precision_at_k[answerable].unbind(1)
     return RetrievalResult(
-        recall_at_k={k: float((first_hit <= k).to(torch.float64).mean()) for k in ks},
-        precision_at_k=dict(zip(precision_ks, precisions, strict=True)),
-        r_precision=float(measures.r_precision[answerable].mean()),
-        map_at_r=float(measures.map_at_r[answerable].mean()),
-        mrr=float((1 / first_hit.to(torch.float64)).mean()),
+        recall_at_k={k: _mean(first_hit <= k) for k in ks},
+        precision_at_k={k: _mean(shares) for k, shares in zip(precision_ks, precisions, strict=True)},
+        r_precision=_mean(measures.r_precision[answerable]),
+        map_at_r=_mean(measures.map_at_r[answerable]),
+        mrr=_mean(1 / first_hit.to(torch.float64)),
         num_queries=len(answerable),
         num_without_reference=len(without),
         without_reference=without,
-        num_references=num_references.cpu(),
+        num_references=num_references,
         query_labels=torch.cat(list(search.query_labels)).cpu(),
-        first_hit_rank=measures.first_hit_rank.cpu(),
-        query_r_precision=measures.r_precision.cpu(),
-        query_map_at_r=measures.map_at_r.cpu(),
-        query_precision_at_k=measures.precision_at_k.cpu(),
+        first_hit_rank=measures.first_hit_rank,
+        query_r_precision=measures.r_precision,
+        query_map_at_r=measures.map_at_r,
+        query_precision_at_k=measures.precision_at_k,
         neighbours=None if nearest is None else nearest[1].cpu(),
         neighbour_scores=None if nearest is None else nearest[0].float().cpu(),
     )
+
+
+def _mean(values: Tensor) -> float:
+    """Of the exact sum: torch's depends on the number of threads."""
+    return math.fsum(values.tolist()) / len(values)

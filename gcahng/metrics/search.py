@@ -18,10 +18,9 @@ from gcahng.metrics.exchange import Exchange
 from gcahng.metrics.measures import QueryMeasures, measure
 from gcahng.metrics.nearest import best_of, nearest_items
 from gcahng.metrics.references import ClassIndex, ReferenceRanks, ScoredReferences, counts_to_offsets, score_references
-from gcahng.metrics.tiles import BLOCK, TileMaker, Vectors
-from gcahng.metrics.unit_vectors import full_precision
+from gcahng.metrics.tiles import BLOCK, STEP, TileMaker, Vectors, padded, padded_count
 
-_BYTES_PER_REFERENCE = 128  # its score, index and count, and what sorting and ranking need
+_BYTES_PER_REFERENCE = 256  # its score, index and count, and what sorting and ranking need
 
 
 @dataclass(frozen=True)
@@ -75,20 +74,20 @@ class Search:
         return self.exchange.part
 
     def measures(self, precision_ks: Sequence[int]) -> QueryMeasures:
-        """Metrics of all queries of all parts, in every part."""
+        """Metrics, on the CPU, of all queries of all parts, in every part. Call it inside `full_precision`."""
         most = self.memory_mb * 2**20 // _BYTES_PER_REFERENCE
         depth = max(precision_ks, default=1)
-        with full_precision():
-            found: list[QueryMeasures | None]
-            if self.is_self and all(int(counts.sum()) <= most for counts in self.num_references):
-                found = [self._mutual(depth, precision_ks)]
-            else:
-                found = [self._one_way(chunk, depth, precision_ks) for chunk in self._chunks(most)]
+        found: list[QueryMeasures | None]
+        if self.is_self and all(int(counts.sum()) <= most for counts in self.num_references):
+            found = [self._mutual(depth, precision_ks)]
+        else:
+            found = [self._one_way(chunk, depth, precision_ks) for chunk in self._chunks(most)]
         nothing = self.num_references[0].new_zeros(0)
         nobody = measure(nothing.new_zeros(1), nothing, precision_ks)  # a part may have no queries
         own = QueryMeasures.joined([nobody, *(part for part in found if part is not None)])
-        parts = [self.exchange.everyone(values) for values in vars(own).values()]
-        return QueryMeasures.joined([QueryMeasures(*values) for values in zip(*parts, strict=True)])
+        device = self.unit_queries.device
+        parts = [self.exchange.everyone(values.to(device)) for values in vars(own).values()]
+        return QueryMeasures.joined([QueryMeasures(*(v.cpu() for v in values)) for values in zip(*parts, strict=True)])
 
     def nearest(self, k: int) -> tuple[Tensor, Tensor]:
         """(Q, k) float64 scores and int64 indices of all queries' nearest items, in every part."""
@@ -134,13 +133,11 @@ class Search:
 
     def _items(self, chunk: Chunk, vectors: Tensor) -> Items:
         """The chunk's queries for tiles; in self-retrieval also as gallery items."""
-        if chunk.owner == self.own and self.is_self and chunk.start % BLOCK == 0:
-            padded = self.gallery.block(chunk.start // BLOCK)
+        if chunk.owner == self.own and self.is_self and chunk.start % STEP == 0:
+            rows = self.gallery.vectors.rows(chunk.start, chunk.start + padded_count(len(chunk)))
         else:
-            rows = vectors.new_zeros((BLOCK, vectors.shape[1]))
-            rows[: len(vectors)] = vectors
-            padded = Vectors.of(rows, low=self.gallery.vectors.low is not None)
-        return Items(padded, self._labels(chunk), self.first_query[chunk.owner] + chunk.start)
+            rows = Vectors.of(padded(vectors), low=self.gallery.vectors.low is not None)
+        return Items(rows, self._labels(chunk), self.first_query[chunk.owner] + chunk.start)
 
     def _depth(self, chunk: Chunk, depth: int) -> Tensor:
         return self.num_references[chunk.owner][chunk.start : chunk.stop].clamp_min(depth)
@@ -211,7 +208,8 @@ class Search:
         chunk = chunks[number]
         items = self._items(chunk, self._vectors(chunk))
         ranks = self._shared_ranks(chunk, own)
-        forward = Counting(items, self.gallery, ranks)
+        mine, block_of_chunk = chunk.owner == self.own, chunk.start // BLOCK
+        forward = Counting(items, self.gallery, ranks, backward.dtypes[block_of_chunk] if mine else None)
         backward.turn_to(items)
         first = next((i for i, other in enumerate(chunks) if other.owner == self.own), 0)
         for block in range(self.gallery.num_blocks):
@@ -222,7 +220,8 @@ class Search:
         forward.flush()
         backward.flush()
         self._add_up(ranks)
-        if chunk.owner == self.own:
+        if mine:
+            backward.dtypes[block_of_chunk] = forward.dtypes[0]
             own.ahead[int(own.offset[chunk.start]) : int(own.offset[chunk.stop])] += ranks.ahead
             own.far[chunk.start : chunk.stop] |= ranks.far
             own.drop(chunk.start, chunk.stop)

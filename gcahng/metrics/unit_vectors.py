@@ -19,16 +19,19 @@ NORM_FLOOR = 1e-12
 LARGEST_NORM = 1.0 + 1e-5
 """Bound of a unit vector's norm, rounding to the grid included (D up to 10^6)."""
 
-_ROWS_PER_COPY = 4096
+_ROWS_PER_COPY = 512
 # So few pairs that their rows stay in the cache between gathering and adding up.
 _PAIRS_AT_ONCE = 512
+# Pairs from which on their rows and columns are looked at: where those make few more, a product is faster.
+_MANY_PAIRS, _TABLE_PER_PAIR = 1 << 15, 8
 
 
 def unit_vectors(embeddings: Tensor, num_rows: int | None = None) -> Tensor:
     """L2-normalise each row, round it to the grid, and append zero rows up to `num_rows`.
 
     Norms are taken in float64 on rows scaled by their largest entry, so that no finite row overflows or underflows,
-    and multiples of one vector become equal. A zero row stays zero: its score with anything is 0.
+    and multiples of one vector become equal. Squares are added up in one order: a row becomes the same vector on every
+    device and among any others. A zero row stays zero: its score with anything is 0.
 
     Args:
         embeddings: (n, D), finite.
@@ -42,9 +45,19 @@ def unit_vectors(embeddings: Tensor, num_rows: int | None = None) -> Tensor:
         rows = embeddings[start : start + _ROWS_PER_COPY].to(torch.float64)
         largest = rows.abs().amax(dim=1, keepdim=True)
         rows = rows / torch.where(largest > 0, largest, 1.0)
-        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(NORM_FLOOR)
+        norm = _sums_in_one_order(rows.square()).sqrt().clamp_min(NORM_FLOOR)
         unit[start : start + len(rows)] = (rows / norm / GRID).round_() * GRID
     return unit
+
+
+def _sums_in_one_order(values: Tensor) -> Tensor:
+    """(n, 1) sums of (n, D) values, which are overwritten: halves are added until one column is left."""
+    width = values.shape[1]
+    while width > 1:
+        half = (width + 1) // 2
+        values[:, : width - half] += values[:, half:width]
+        width = half
+    return values[:, :1]
 
 
 def pair_scores(queries: Tensor, gallery: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -57,11 +70,22 @@ def pair_scores(queries: Tensor, gallery: Tensor, rows: Tensor, columns: Tensor)
     Returns:
         (m,) float64.
     """
+    if len(rows) > _MANY_PAIRS:
+        (row, at_row), (column, at_column) = _listed(rows, len(queries)), _listed(columns, len(gallery))
+        if len(row) * len(column) <= _TABLE_PER_PAIR * len(rows):
+            return all_scores(queries[row], gallery[column])[at_row, at_column]
     found = torch.empty(len(rows), dtype=torch.float64, device=queries.device)
     for start in range(0, len(rows), _PAIRS_AT_ONCE):
         part = slice(start, start + _PAIRS_AT_ONCE)
         found[part] = torch.linalg.vecdot(queries[rows[part]].double(), gallery[columns[part]].double())
     return found
+
+
+def _listed(numbers: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """The numbers below `limit` that are listed, ascending, and for each entry of the list its place among them."""
+    present = torch.zeros(limit, dtype=torch.bool, device=numbers.device)
+    present[numbers] = True
+    return present.nonzero().squeeze(1), (present.cumsum(0) - 1)[numbers]
 
 
 def all_scores(queries: Tensor, gallery: Tensor) -> Tensor:

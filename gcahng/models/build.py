@@ -113,6 +113,22 @@ def check_backbone_name(name: str) -> None:
     load_component(name)
 
 
+def needs_no_trust(name: str, arguments: Mapping[str, Any]) -> bool:
+    """Tell whether building a backbone runs the code of this library, timm and torchvision alone, and opens no file.
+
+    So it is for their architectures with numbers as arguments: not for dotted paths, timm's `hf-hub:` and `local-dir:`,
+    texts that may name files, or weights to download. Nothing is imported.
+    """
+    known = name in (GOOGLENET, SMALL_CONV) or (":" not in name and is_timm_name(name))
+    return known and "pretrained" not in arguments and all(map(_is_plain, arguments.values()))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float)
+
+
 def _own_backbone(name: str, arguments: dict[str, Any]) -> Backbone:
     network = _call(load_component(name), name, arguments)
     width = getattr(network, "num_features", None)

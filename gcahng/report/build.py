@@ -29,8 +29,8 @@ OF_LOGS: tuple[tuple[str, str, Maker], ...] = (
 )
 OF_EMBEDDINGS: tuple[tuple[str, str, EmbeddedMaker], ...] = (
     ("gallery", "Queries and what they find", gallery_section),
-    ("map", "Maps of the embeddings", map_section),
-    ("confusion", "Classes", confusion_section),
+    ("map", "Maps of embeddings", map_section),
+    ("classes", "Classes: accuracy and confusion", confusion_section),
     ("variance", "Feature variance", variance_section),
 )
 

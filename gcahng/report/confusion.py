@@ -12,7 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gcahng.metrics.per_class import PerClass, per_class
-from gcahng.report.chart import COLOURS, INK, LINES, POINTS, chart_png, chart_style, legend_below, new_chart
+from gcahng.report.chart import (
+    GAP,
+    INK,
+    MARGIN,
+    POINTS,
+    chart_png,
+    chart_style,
+    line_key,
+    new_chart,
+    round_ticks,
+    run_line,
+)
 from gcahng.report.embedded import EmbeddedRun, EmbeddedRuns
 from gcahng.report.run_data import RunData
 from gcahng.report.section import Figure, Section, Table
@@ -24,7 +35,9 @@ NUM_PAIRS = 8
 NUM_EXAMPLES = 4
 BINS = 10
 MATRIX_CLASSES = 8
-NAME_WIDTH = 1.5  # inches
+# Inches.
+PLOT = 1.85
+NAME_WIDTH, MATRIX_ROW = 1.5, 0.33
 
 
 @dataclass(frozen=True)
@@ -58,13 +71,13 @@ def confusion_section(runs: Sequence[RunData], embedded: EmbeddedRuns) -> Sectio
         return None
     before, shown = pair
     models = [shown] if before is None else [before, shown]
-    everyone = [embedded[run.name] for run in runs if run.name in embedded]
     count = shown.neighbours.shape[1]
-    parts: list[Figure | Table] = [*_distributions(everyone), _class_table(models)]
     pairs = most_confused(shown, NUM_PAIRS)
-    if pairs:
-        parts += [_matrix(pairs, shown), _pair_table(pairs, models)]
-        parts += [_examples(number, found, shown) for number, found in enumerate(pairs, 1)]
+    parts: list[Figure | Table] = [*_distributions(runs, embedded)]
+    parts += [_matrix(pairs, shown)] if pairs else []
+    parts += [_class_table(models)]
+    parts += [_pair_table(pairs, models)] if pairs else []
+    parts += [_examples(number, found, shown) for number, found in enumerate(pairs, 1)]
     intro = (
         "A class's accuracy is the mean over its images as queries: R@1 is the share whose nearest image is of the "
         "class, MAP@R the mean average precision over the first R, R being the number of other images of the class. "
@@ -116,52 +129,42 @@ def _percent(value: float) -> str:
     return "\u2013" if value != value else f"{100 * value:.1f}"
 
 
-def _distributions(models: Sequence[EmbeddedRun]) -> list[Figure]:
-    """Histograms of the classes' R@1 and MAP@R, all runs in each."""
-    tables = [per_class(model.result) for model in models]
+def _distributions(runs: Sequence[RunData], embedded: EmbeddedRuns) -> list[Figure]:
+    """Histograms of the classes' R@1 and MAP@R, all embedded runs in each."""
+    named = [(index, run.name) for index, run in enumerate(runs) if run.name in embedded]
+    tables = [per_class(embedded[name].result) for _, name in named]
     figures = []
-    for name, title in (("recall", "R@1"), ("map", "MAP@R")):
-        values = [(t.recall_at_k[1] if name == "recall" else t.map_at_r).numpy() for t in tables]
+    for file, title in (("recall", "R@1"), ("map", "MAP@R")):
+        values = [(t.recall_at_k[1] if file == "recall" else t.map_at_r).numpy() for t in tables]
         values = [v[~np.isnan(v)] for v in values]
         with chart_style():
-            png = _histogram(title, values, [model.run.name for model in models])
+            png = _histogram(title, values, named)
         means = ", ".join(
-            f"{m.run.name} {_percent(float(v.mean()))} % ({int((v >= 1).sum()):,} of {len(v):,} classes at 100 %)"
-            for m, v in zip(models, values, strict=True)
+            f"{name} {_percent(float(v.mean()))} % ({int((v >= 1).sum()):,} of {len(v):,} classes at 100 %)"
+            for (_, name), v in zip(named, values, strict=True)
         )
         figures.append(
             Figure(
-                name=f"classes-{name}",
+                name=f"classes-{file}",
                 png=png,
                 alt=f"Distribution of {title} over classes.",
-                caption=f"{title} of single classes, in steps of ten points. Mean over classes: {means}.",
+                caption=f"In steps of ten points. Mean {title} over classes: {means}.",
             )
         )
     return figures
 
 
-def _histogram(title: str, values: Sequence[NDArray[np.float64]], names: Sequence[str]) -> bytes:
-    figure, axes = new_chart(f"{title} of single classes", 250 + 19 * ((len(names) + 1) // 2))
+def _histogram(title: str, values: Sequence[NDArray[np.float64]], runs: Sequence[tuple[int, str]]) -> bytes:
+    """Shares of classes by their value; runs with their places in the report."""
+    lines = [run_line(index, below=number, above=len(runs) - 1 - number) for number, (index, _) in enumerate(runs)]
+    keys = [line_key(name, line) for (_, name), line in zip(runs, lines, strict=True)]
+    figure, axes = new_chart(f"Share of the classes by their {title}, %", PLOT, keys)
     edges = np.linspace(0, 1, BINS + 1)
-    handles = []
-    for number, (name_values, _) in enumerate(zip(values, names, strict=True)):
-        shares = np.histogram(name_values, edges)[0] / max(len(name_values), 1)
-        handles.append(
-            axes.stairs(
-                100 * shares,
-                100 * edges,
-                color=COLOURS[number % len(COLOURS)],
-                linestyle=LINES[number % len(LINES)],
-                linewidth=1.8,
-                baseline=None,
-            )
-        )
-    axes.set(
-        xlim=(0, 100), xticks=range(0, 101, 20), ylim=(0, None), xlabel=f"{title} in %", ylabel="share of classes in %"
-    )
-    axes.grid(axis="y", color="#eceff1")
-    axes.set_axisbelow(True)
-    legend_below(figure, handles, names)
+    for of_run, line in zip(values, lines, strict=True):
+        shares = np.histogram(of_run, edges)[0] / max(len(of_run), 1)
+        axes.stairs(100 * shares, 100 * edges, linewidth=1.8, baseline=None, **line)
+    axes.set(xlim=(0, 100), xticks=range(0, 101, 20), ylim=(0, None), xlabel=f"{title} of a class, %")
+    round_ticks(axes.yaxis)
     return chart_png(figure)
 
 
@@ -215,19 +218,20 @@ def _matrix(pairs: Sequence[Confused], run: EmbeddedRun) -> Figure:
 
 def _draw_matrix(title: str, shares: NDArray[np.float64], names: Sequence[str]) -> bytes:
     size = len(names)
-    figure, axes = new_chart(title, 90 + 27 * size)
+    left = NAME_WIDTH + MARGIN
+    figure, axes = new_chart(title, GAP + MATRIX_ROW * size, subtitle="% of the neighbours of each class", left=left)
+    axes.grid(False)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=130, aspect="auto")
     for row, column in np.argwhere(shares >= 0.5):
         ink = "white" if shares[row, column] > 80 else INK
         axes.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", color=ink)
-    labels = [fitted(figure, f"{n} {name}", NAME_WIDTH, 1, fontsize=POINTS) for n, name in enumerate(names, 1)]
-    axes.set_yticks(range(size), labels, parse_math=False)
+    labels = [fitted(figure, f"{n} {name}", NAME_WIDTH - 0.08, 2, fontsize=POINTS) for n, name in enumerate(names, 1)]
+    axes.set_yticks(range(size), labels, parse_math=False, ha="left", linespacing=1)
+    axes.tick_params(axis="y", pad=NAME_WIDTH * 72)
     axes.set_xticks(range(size), [str(n) for n in range(1, size + 1)])
-    axes.tick_params(length=0)
     axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
-    axes.tick_params(which="minor", length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("class of the neighbour")
     return chart_png(figure)

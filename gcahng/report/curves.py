@@ -12,31 +12,22 @@ import numpy as np
 from markupsafe import Markup
 
 from gcahng.report.chart import (
-    COLOURS,
-    CSS_INCH,
     CSS_WIDTH,
-    DOTS_PER_INCH,
-    FAINT,
-    INK,
-    LINES,
-    POINTS,
     chart_png,
     chart_style,
+    line_key,
+    new_chart,
+    round_ticks,
+    run_line,
 )
-from gcahng.report.facts import evaluations, number
+from gcahng.report.facts import all_columns, evaluations, number
 from gcahng.report.run_data import RunData
 from gcahng.report.section import Figure, Section, Table
-from gcahng.training.canvas import printable
-from gcahng.training.results import metric_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Canvas
 
-# Lengths in inches.
-WIDTH, PLOT, LEGEND_ROW = CSS_WIDTH / CSS_INCH, 1.85, 0.2
-LEFT, RIGHT, BOTTOM, TITLE = 0.58, 0.14, 0.47, 0.34
-NAME_CHARACTERS = 28
+PLOT = 1.85  # inches
 # Curves of more points than this are drawn as a running mean over a faint line.
 MANY_POINTS = 120
 
@@ -52,7 +43,6 @@ LOSS_TITLES = {
     "diversity_loss": "Synthetic negatives: diversity loss",
 }
 HARDNESS_TITLES = {
-    "hard_negative_ratio": "Hard-negative ratio",
     "synthetic_weight": "Weight of the loss on synthetic negatives",
     "pull_factor": "Pull factor exp(-\u03b1 / mean metric loss)",
 }
@@ -112,7 +102,7 @@ def curves_section(runs: Sequence[RunData]) -> Section | None:
 def _metric_panels(runs: Sequence[RunData]) -> Iterator[Panel]:
     splits = dict.fromkeys(row.get("split", "test") for run in runs for row in run.of_kind("evaluation"))
     for split in splits:
-        tables = [[(row["epoch"], metric_columns(row)) for row in evaluations(run, split)] for run in runs]
+        tables = [[(row["epoch"], all_columns(run, row)) for row in evaluations(run, split)] for run in runs]
         names = list(dict.fromkeys(name for table in tables for _, columns in table for name in columns))
         # The two that are compared most stand first.
         names.sort(key=lambda name: ("R@1", "MAP@R", "RP", name).index(name))
@@ -137,6 +127,7 @@ def _loss_panels(runs: Sequence[RunData]) -> Iterator[Panel]:
 
 
 def _hardness_panels(runs: Sequence[RunData]) -> Iterator[Panel]:
+    yield from _step_panel(runs, "hard_negative_ratio", "Hard-negative ratio, %", 100)
     for key, title in HARDNESS_TITLES.items():
         yield from _step_panel(runs, key, title)
 
@@ -145,8 +136,8 @@ def _rate_panels(runs: Sequence[RunData]) -> Iterator[Panel]:
     for key in _logged(runs):
         if key.startswith("lr_"):
             yield from _step_panel(runs, key, f"Learning rate: {_words(key[3:]).lower()}", log_scale=True)
-    yield from _step_panel(runs, "step_seconds", "Time per step, milliseconds", 1000)
-    yield from _step_panel(runs, "data_seconds", "Of it waiting for data, milliseconds", 1000)
+    yield from _step_panel(runs, "step_seconds", "Time per step, ms", 1000)
+    yield from _step_panel(runs, "data_seconds", "Waiting for data in each step, ms", 1000)
 
 
 def _step_panel(
@@ -194,30 +185,27 @@ def draw(panel: Panel) -> Figure:
         InputError: matplotlib is missing.
     """
     with chart_style():
-        from matplotlib.figure import Figure as Canvas
-
-        header = TITLE + LEGEND_ROW * len(panel.curves)
-        height = BOTTOM + PLOT + header
-        canvas = Canvas((WIDTH, height), dpi=DOTS_PER_INCH)
-        box = (LEFT / WIDTH, BOTTOM / height, 1 - (LEFT + RIGHT) / WIDTH, (PLOT - 0.1) / height)
-        axes = canvas.add_axes(box)
-        _text(canvas, 0.1, height - 0.1, panel.title, weight="bold", size=POINTS + 1)
-        for place, (index, curve) in enumerate(zip(panel.indices, panel.curves, strict=True)):
-            line = _line(index, hides_another=any(_coincide(curve, other) for other in panel.curves[:place]))
+        lines = _lines(panel)
+        keys = [
+            line_key(curve.run, line, _shown(_last(curve))) for curve, line in zip(panel.curves, lines, strict=True)
+        ]
+        figure, axes = new_chart(panel.title, PLOT, keys)
+        for curve, line in zip(panel.curves, lines, strict=True):
             _draw_curve(axes, curve, line, panel.log_scale)
-            _draw_legend(canvas, curve, line, height - TITLE - LEGEND_ROW * place)
         _style(axes, panel)
-        png = chart_png(canvas)
+        png = chart_png(figure)
     last = "; ".join(f"{curve.run} {_shown(_last(curve))}" for curve in panel.curves)
     return Figure(panel.name, png, f"{panel.title} over {panel.x_label}s. Last values: {last}.", css_width=CSS_WIDTH)
 
 
-def _line(index: int, *, hides_another: bool) -> dict[str, Any]:
-    """How a run is drawn: its colour, dashed where the palette repeats or another line lies below."""
-    round_of_palette = index // len(COLOURS)
-    if hides_another:
-        round_of_palette = max(1, round_of_palette)
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[round_of_palette % len(LINES)]}
+def _lines(panel: Panel) -> list[dict[str, Any]]:
+    """How each curve is drawn; those that lie upon one another share the way."""
+    lines = []
+    for place, (index, curve) in enumerate(zip(panel.indices, panel.curves, strict=True)):
+        same = [number for number, other in enumerate(panel.curves) if number != place and _coincide(curve, other)]
+        below = sum(number < place for number in same)
+        lines.append(run_line(index, below=below, above=len(same) - below))
+    return lines
 
 
 def _coincide(one: Curve, other: Curve) -> bool:
@@ -253,22 +241,6 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(finite, means, np.nan)
 
 
-def _draw_legend(canvas: "Canvas", curve: Curve, line: dict[str, Any], y: float) -> None:
-    """A piece of the line, the run's name and its last value."""
-    from matplotlib.lines import Line2D
-
-    level = (y - 0.085) / canvas.get_figheight()
-    canvas.add_artist(Line2D([0.1 / WIDTH, 0.36 / WIDTH], [level, level], linewidth=2.2, **line))
-    name = printable(curve.run)
-    name = name if len(name) <= NAME_CHARACTERS else name[: NAME_CHARACTERS - 1] + "\u2026"
-    _text(canvas, 0.44, y, f"{name}  {_shown(_last(curve))}")
-
-
-def _text(canvas: "Canvas", x: float, y: float, text: str, **style: Any) -> None:
-    """Write on the figure, inches from the lower left."""
-    canvas.text(x / WIDTH, y / canvas.get_figheight(), text, va="top", color=INK, **style)
-
-
 def _last(curve: Curve) -> float:
     """The last finite value."""
     return next(value for value in reversed(curve.ys) if math.isfinite(value))
@@ -282,19 +254,13 @@ def _shown(value: float) -> str:
 
 
 def _style(axes: "Axes", panel: Panel) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    axes.set_yscale("log" if panel.log_scale else "linear")
-    axes.grid(True, color="#dfe3e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
-    axes.tick_params(length=0, which="both", colors=INK, labelsize=POINTS)
+    axes.set(yscale="log" if panel.log_scale else "linear", xlabel=panel.x_label)
     axes.margins(x=0.02)
-    axes.set_xlabel(panel.x_label, color=INK, labelpad=2)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    round_ticks(axes.xaxis, whole=True)
     if not panel.log_scale:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        round_ticks(axes.yaxis)
         values = [y for curve in panel.curves for y in curve.ys if math.isfinite(y)]
         if min(values) == max(values) > 0:  # matplotlib would magnify nothing at all
             axes.set_ylim(0, 1.5 * values[0])

@@ -10,7 +10,7 @@ from gcahng.errors import InputError
 from gcahng.report.run_data import RunData
 from gcahng.training.config import Config
 from gcahng.training.data_setup import data_store
-from gcahng.training.results import metric_columns
+from gcahng.training.results import evaluation_columns, metric_columns
 
 DATA_SETS = {
     "cub": "CUB-200-2011",
@@ -83,6 +83,11 @@ def evaluations(run: RunData, split: str = "test") -> list[dict[str, Any]]:
 def number(value: Any) -> Any:
     """A logged value: "nan" and "inf" as the numbers that they stand for."""
     return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def all_columns(run: RunData, row: Mapping[str, Any]) -> dict[str, float]:
+    """Every metric of an evaluation, in percent, by the name to print; rows of earlier releases have fewer."""
+    return evaluation_columns(row, coarse_label=run.config.eval.coarse_label) if "mrr" in row else metric_columns(row)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gcahng.report.chart import COLOURS, CSS_INCH, CSS_WIDTH, DOTS_PER_INCH, FAINT, INK, POINTS, chart_png, chart_style
+from gcahng.report.chart import (
+    COLOURS,
+    CSS_WIDTH,
+    GRID,
+    LEFT,
+    RIGHT,
+    WIDTH,
+    area_key,
+    chart_png,
+    chart_style,
+    line_key,
+    new_chart,
+    round_ticks,
+    run_line,
+)
 from gcahng.report.curves import Curve, Panel, draw
 from gcahng.report.run_data import RunData
 from gcahng.report.section import Figure, Section
@@ -19,18 +33,15 @@ from gcahng.training.canvas import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Canvas
 
 Values = NDArray[np.float64]
 
-# Inches.
-WIDTH = CSS_WIDTH / CSS_INCH
-LEFT, RIGHT, BOTTOM, TITLE, LINE = 0.58, 0.14, 0.47, 0.34, 0.2
+# Inches: heights of plots, and room for the steps beside ridges.
+PLOT, MAP_PLOT, RIDGE = 1.85, 1.22, 0.44
+RIDGE_LEFT = 0.82
 RIDGES = 6
-TITLE_CHARACTERS = 46
 BEFORE, AFTER, POSITIVE = "#78848c", COLOURS[0], COLOURS[1]
 MAP_DARK = "#08306b"
-LINE_GREY = "#dfe3e8"
 # Shares of all values that may lie outside of a picture, on either side.
 OUTSIDE = 0.01
 SPREAD_LINES = ("min", "q25", "median", "q75", "max")
@@ -49,12 +60,6 @@ class Recorded:
     run: str
     index: int
     rows: list[dict[str, Any]]
-
-    @property
-    def title(self) -> str:
-        """The name, short enough for a heading."""
-        name = printable(self.run)
-        return name if len(name) <= TITLE_CHARACTERS else name[: TITLE_CHARACTERS - 1] + "\u2026"
 
     @property
     def steps(self) -> list[int]:
@@ -119,23 +124,18 @@ def _recorded(run: RunData, index: int) -> Recorded | None:
 
 def _panels(found: Sequence[Recorded]) -> Iterator[Panel]:
     """Quantities of one number per record."""
-    shares = {
-        "synthetic_own_class_share": ("Synthetic negatives classified as their class, %", 100.0),
-        "hard_negative_ratio": ("Hard-negative ratio, %", 100.0),
-    }
     yield from _panel(
         "pulled",
         "Distance left after interpolation, %",
         found,
         lambda row: 100 * row["mean_d_synthetic"] / row["mean_d_negative"] if "mean_d_synthetic" in row else None,
     )
-    for name, (title, scale) in shares.items():
-        yield from _panel(
-            name.replace("_", "-"),
-            title,
-            found,
-            lambda row, name=name, scale=scale: None if row.get(name) is None else scale * row[name],
-        )
+    yield from _panel(
+        "synthetic-own-class-share",
+        "Synthetic negatives classified as their class, %",
+        found,
+        lambda row: None if row.get("synthetic_own_class_share") is None else 100 * row["synthetic_own_class_share"],
+    )
 
 
 def _panel(name: str, title: str, found: Sequence[Recorded], value: Any) -> Iterator[Panel]:
@@ -167,9 +167,13 @@ def _ridges(recorded: Recorded, window: tuple[float, float]) -> Figure:
     rows = [recorded.rows[i] for i in _spaced(len(recorded.rows), RIDGES)]
     pulled = recorded.has("d_synthetic")
     kinds = [("d_negative", BEFORE)] + ([("d_synthetic", AFTER)] if pulled else [])
-    key = [("before" if pulled else "negatives", BEFORE), ("interpolated", AFTER), ("mean positive", POSITIVE)]
-    left, plot = 0.82, 0.44 * len(rows) + 0.34
-    canvas, axes = _chart("Distance from anchor to negative", recorded.title, key if pulled else key[::2], plot, left)
+    keys = [area_key("before" if pulled else "negatives", BEFORE)]
+    keys += [area_key("interpolated", AFTER)] if pulled else []
+    keys += [line_key("mean positive", {"color": POSITIVE})]
+    plot = RIDGE * len(rows) + 0.34
+    title = "Distance from anchor to negative"
+    figure, axes = new_chart(title, plot, keys, subtitle=recorded.run, left=RIDGE_LEFT)
+    axes.grid(False)
     edges = np.array(rows[0]["distance_edges"])
     shapes = {
         (place, name): _smooth(np.array(row[name]) / max(sum(row[name]), 1))
@@ -178,7 +182,7 @@ def _ridges(recorded: Recorded, window: tuple[float, float]) -> Figure:
     }
     peak = max(float(shape.max()) for shape in shapes.values())
     for place, row in enumerate(rows):
-        axes.axhline(-place, color=LINE_GREY, linewidth=0.8, zorder=1)
+        axes.axhline(-place, color=GRID, linewidth=0.8, zorder=1)
         for name, colour in kinds:
             shape = shapes[place, name]
             top = -place + 1.4 * shape / max(peak, 1e-9)
@@ -193,7 +197,7 @@ def _ridges(recorded: Recorded, window: tuple[float, float]) -> Figure:
     _distance_ticks(axes.xaxis, window)
     return Figure(
         f"hardness-distances-{recorded.index}",
-        chart_png(canvas),
+        chart_png(figure),
         f"{recorded.run}: distributions of the distances from anchors to negatives at {len(rows)} steps. At the last "
         f"one the mean of positives is {_digits(rows[-1], 'mean_d_positive')}, of negatives "
         f"{_digits(rows[-1], 'mean_d_negative')}"
@@ -206,17 +210,13 @@ def _ridges(recorded: Recorded, window: tuple[float, float]) -> Figure:
 
 def _distance_maps(recorded: Recorded, window: tuple[float, float]) -> Figure:
     """Distances of negatives over all recorded steps, before interpolation above, after it below."""
-    plot = 1.22
-    canvas, upper = _chart(
-        "Distance to negatives over training",
-        recorded.title,
-        [("mean positive", POSITIVE), ("negatives (dark: many)", MAP_DARK)],
-        2 * plot + 0.3,
-    )
-    bottom, height = upper.get_position().y0, canvas.get_figheight()
+    keys = [line_key("mean positive", {"color": POSITIVE}), area_key("negatives (dark: many)", MAP_DARK)]
+    title = "Distance to negatives over training"
+    figure, upper = new_chart(title, 2 * MAP_PLOT + 0.3, keys, subtitle=recorded.run)
+    bottom, height = upper.get_position().y0, figure.get_figheight()
     width = 1 - (LEFT + RIGHT) / WIDTH
-    lower = canvas.add_axes((LEFT / WIDTH, bottom, width, plot / height))
-    upper.set_position((LEFT / WIDTH, bottom + (plot + 0.2) / height, width, plot / height))
+    lower = figure.add_axes((LEFT / WIDTH, bottom, width, MAP_PLOT / height))
+    upper.set_position((LEFT / WIDTH, bottom + (MAP_PLOT + 0.2) / height, width, MAP_PLOT / height))
     shares = {name: np.apply_along_axis(_smooth, 1, recorded.densities(name)) for name in ("d_negative", "d_synthetic")}
     darkest = max(float(np.quantile(share[share > 0], 0.98)) for share in shares.values())
     means = [row["mean_d_positive"] for row in recorded.rows]
@@ -227,10 +227,10 @@ def _distance_maps(recorded: Recorded, window: tuple[float, float]) -> Figure:
         _distance_ticks(axes.yaxis, window)
         _inside(axes, text)
     upper.tick_params(labelbottom=False)
-    lower.set_xlabel("step", color=INK, labelpad=2)
+    lower.set_xlabel("step")
     return Figure(
         f"hardness-distance-map-{recorded.index}",
-        chart_png(canvas),
+        chart_png(figure),
         f"{recorded.run}: distances from anchors to negatives over the steps of training, before and after "
         f"interpolation, with the mean distance of positives. Mean after interpolation: "
         f"{_digits(recorded.rows[0], 'mean_d_synthetic')} at first, {_digits(recorded.rows[-1], 'mean_d_synthetic')} "
@@ -244,19 +244,15 @@ def _coefficient_map(recorded: Recorded) -> Figure:
     """Coefficients of all edges and channels over the recorded steps, with their median."""
     edges = np.array(recorded.rows[0]["coefficient_edges"])
     shares = recorded.densities("coefficients")
-    canvas, axes = _chart(
-        "Pull coefficients over training",
-        recorded.title,
-        [("median", POSITIVE), ("coefficients (dark: many)", MAP_DARK)],
-        1.85,
-    )
+    keys = [line_key("median", {"color": POSITIVE}), area_key("coefficients (dark: many)", MAP_DARK)]
+    figure, axes = new_chart("Pull coefficients over training", PLOT, keys, subtitle=recorded.run)
     _heat(axes, recorded.steps, edges, shares, float(np.quantile(shares[shares > 0], 0.98)))
     medians = [_quantile(edges, share, 0.5) for share in shares]
     axes.plot(recorded.steps, medians, color=POSITIVE, linewidth=1.7)
     axes.set(ylim=(0, 1), xlabel="step", yticks=[0, 0.25, 0.5, 0.75, 1])
     return Figure(
         f"hardness-coefficients-{recorded.index}",
-        chart_png(canvas),
+        chart_png(figure),
         f"{recorded.run}: distribution of the pull coefficients of all edges and channels over the steps of training. "
         f"The median is {medians[0]:.2f} at first, {medians[-1]:.2f} at last.",
         "Of all edges and channels of a batch. 0 pulls the negative's channel as near as it may come; 1 leaves it to "
@@ -267,61 +263,31 @@ def _coefficient_map(recorded: Recorded) -> Figure:
 
 def _spreads(found: Sequence[Recorded]) -> Figure:
     """How far the coefficients of an edge differ between channels: median and quartiles of all edges."""
-    key = [(each.title, COLOURS[each.index % len(COLOURS)]) for each in found]
-    canvas, axes = _chart("Spread of coefficients over channels", None, key, 1.85, columns=1)
-    for each, (_, colour) in zip(found, key, strict=True):
+    keys = [line_key(each.run, run_line(each.index)) for each in found]
+    figure, axes = new_chart("Spread of coefficients over channels", PLOT, keys)
+    for each in found:
+        line = run_line(each.index)
+        colour = line["color"]
         values = {name: [row["coefficient_channel_std"][name] for row in each.rows] for name in SPREAD_LINES}
         axes.fill_between(each.steps, values["q25"], values["q75"], color=colour, alpha=0.25, linewidth=0)
         for name in ("min", "max"):
             axes.plot(each.steps, values[name], color=colour, linewidth=0.9, linestyle=":")
         marker: dict[str, Any] = {"marker": "o", "markersize": 3.5} if len(each.steps) <= 12 else {}
-        axes.plot(each.steps, values["median"], color=colour, linewidth=1.7, **marker)
-    axes.grid(True, axis="y", color=LINE_GREY, linewidth=0.8)
+        axes.plot(each.steps, values["median"], linewidth=1.7, **line, **marker)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
-    axes.set_xlabel("step", color=INK, labelpad=2)
+    axes.set_xlabel("step")
+    round_ticks(axes.xaxis, whole=True)
+    round_ticks(axes.yaxis)
     medians = ", ".join(f"{each.run} {_digits(each.rows[-1]['coefficient_channel_std'], 'median')}" for each in found)
     return Figure(
         "hardness-channel-spread",
-        chart_png(canvas),
+        chart_png(figure),
         f"Standard deviation of an edge's coefficients over the channels. Last medians: {medians}.",
         "Standard deviation of an edge's coefficients over the channels: median (line), quartiles (band), least and "
         "largest (dotted) of all edges of a batch.",
         css_width=CSS_WIDTH,
     )
-
-
-def _chart(
-    title: str, second: str | None, key: Sequence[tuple[str, str]], plot: float, left: float = LEFT, columns: int = 3
-) -> "tuple[Canvas, Axes]":
-    """A figure with title, a second line and a key above a plot of `plot` inches."""
-    from matplotlib.figure import Figure as Canvas
-    from matplotlib.patches import Rectangle
-
-    lines = (second is not None) + -(-len(key) // columns)
-    height = BOTTOM + plot + TITLE + LINE * lines
-    canvas = Canvas((WIDTH, height), dpi=DOTS_PER_INCH)
-    canvas.text(0.1 / WIDTH, 1 - 0.1 / height, title, va="top", color=INK, weight="bold", size=POINTS + 1)
-    y = height - TITLE
-    if second is not None:
-        canvas.text(0.1 / WIDTH, y / height, second, va="top", color=INK)
-        y -= LINE
-    x = 0.1
-    for number, (name, colour) in enumerate(key):
-        if number and number % columns == 0:
-            x, y = 0.1, y - LINE
-        canvas.add_artist(
-            Rectangle((x / WIDTH, (y - 0.125) / height), 0.17 / WIDTH, 0.1 / height, color=colour, linewidth=0)
-        )
-        text = canvas.text((x + 0.24) / WIDTH, y / height, name, va="top", color=INK)
-        x += 0.24 + text.get_window_extent().width / canvas.dpi + 0.2
-    axes = canvas.add_axes((left / WIDTH, BOTTOM / height, 1 - (left + RIGHT) / WIDTH, (plot - 0.1) / height))
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
-    axes.tick_params(length=0, colors=INK, labelsize=POINTS)
-    axes.xaxis.label.set_color(INK)
-    return canvas, axes
 
 
 def _heat(axes: "Axes", steps: Sequence[int], edges: Values, shares: Values, darkest: float) -> None:
@@ -334,19 +300,18 @@ def _heat(axes: "Axes", steps: Sequence[int], edges: Values, shares: Values, dar
     sides = np.concatenate([[2 * times[0] - between[0]], between, [2 * times[-1] - between[-1]]])
     axes.pcolormesh(sides, edges, shares.T, cmap=colours, vmin=0, vmax=darkest, rasterized=True)
     axes.set_xlim(times[0], times[-1])
-    axes.tick_params(length=0, colors=INK, labelsize=POINTS)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
+    axes.grid(False)
+    round_ticks(axes.xaxis, whole=True)
 
 
 def _inside(axes: "Axes", text: str) -> None:
     """A word in the lower right corner of a plot, where distances are short and rare."""
     box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
-    axes.text(0.985, 0.05, text, transform=axes.transAxes, ha="right", va="bottom", color=INK, weight="bold", bbox=box)
+    axes.text(0.985, 0.05, text, transform=axes.transAxes, ha="right", va="bottom", weight="bold", bbox=box)
 
 
 def _row_label(axes: "Axes", y: float, text: str) -> None:
-    axes.text(-0.02, y + 0.04, text, transform=axes.get_yaxis_transform(), ha="right", va="bottom", color=INK)
+    axes.text(-0.02, y + 0.04, text, transform=axes.get_yaxis_transform(), ha="right", va="bottom")
 
 
 def _distance_ticks(axis: Any, window: tuple[float, float]) -> None:

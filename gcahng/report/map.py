@@ -9,12 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from gcahng.errors import InputError
-from gcahng.report.chart import COLOURS, FAINT, INK, MARKERS, chart_png, chart_style, legend_below, new_chart
+from gcahng.report.chart import (
+    COLOURS,
+    FAINT,
+    GAP,
+    MARGIN,
+    MARKERS,
+    Key,
+    chart_png,
+    chart_style,
+    new_chart,
+    point_key,
+)
 from gcahng.report.embedded import EmbeddedRun, EmbeddedRuns
 from gcahng.report.run_data import RunData
 from gcahng.report.section import Figure, Section
@@ -22,13 +34,14 @@ from gcahng.report.synthetic import SyntheticNegatives, synthetic_negatives, tra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
 
 SEED = 0
 NUM_CLASSES = 10
 MOST_PER_CLASS = 20
 FEWEST_PER_CLASS = 4
 PERPLEXITY = 30.0
-MAP_HEIGHT = 400
+MAP_HEIGHT = 3.4  # inches
 SIZES = {"*": 90, "P": 50, "X": 50, "s": 30, "D": 28}  # for marks that look as large as the others
 NAMES = {"tsne": "t-SNE", "pca": "PCA"}
 
@@ -65,7 +78,8 @@ def map_section(runs: Sequence[RunData], embedded: EmbeddedRuns) -> Section | No
     if pair is None:
         return None
     models = [model for model in pair if model is not None]
-    figures: list[Figure] = []
+    places = {run.name: place for place, run in enumerate(runs)}
+    parts: list[Figure | Markup] = []
     sentences = []
     for model in models:
         if not model.run.config.generation.enabled:
@@ -76,22 +90,26 @@ def map_section(runs: Sequence[RunData], embedded: EmbeddedRuns) -> Section | No
         except InputError as error:  # another data set in place of the one it was trained on, say
             sentences.append(f"The synthetic negatives of {model.run.name} cannot be made: {error}")
             continue
-        figures += _batch_figures(model.run, batch)
+        parts += _batch_figures(model.run, batch, places[model.run.name])
+    if parts:
+        parts.insert(0, Markup("<h3>A training batch with synthetic negatives</h3>"))
+        sentences.insert(
+            0,
+            "Of a training batch the synthetic negatives of one anchor are shown: each is drawn towards the anchor "
+            "from the images of another class (a line leads from their mean to it).",
+        )
     chosen = some_classes(models[0].labels)
-    by_run = [_class_figures(model, chosen) for model in models if len(chosen) >= 2]
-    figures += [figure for same_kind in zip(*by_run, strict=True) for figure in same_kind]
-    class_names = [models[0].class_name(i) for i in models[0].labels[chosen].unique().tolist()]
+    by_run = [_class_figures(model, chosen, places[model.run.name]) for model in models if len(chosen) >= 2]
+    for name, same_kind in zip(NAMES.values(), zip(*by_run, strict=True), strict=False):
+        parts += [Markup("<h3>{} of evaluated classes</h3>").format(name), *same_kind]
     sentences.append(
-        f"The evaluated classes are drawn with seed {SEED}, at most {MOST_PER_CLASS} images of each: "
-        f"{'; '.join(class_names)}."
+        f"The evaluated classes are picked at random (seed {SEED}), at most {MOST_PER_CLASS} images of each."
     )
     intro = (
-        "Embeddings on the unit sphere, laid out in two dimensions. First a training batch with the synthetic "
-        "negatives of one anchor: each is drawn towards the anchor from the images of another class (a line leads "
-        "from their mean to it). Then images of some evaluated classes, the same for each run. t-SNE keeps "
-        "neighbourhoods, not distances; PCA keeps the two directions along which the points differ most."
+        "Embeddings on the unit sphere, laid out in two dimensions. t-SNE keeps neighbourhoods, not distances; PCA "
+        "keeps the two directions along which the points differ most."
     )
-    return Section("map", "Maps of embeddings", " ".join([intro, *sentences]), figures)
+    return Section("map", "Maps of embeddings", " ".join([intro, *sentences]), parts)
 
 
 def some_classes(labels: Tensor) -> Tensor:
@@ -166,7 +184,7 @@ def _maps(unit: Tensor) -> list[tuple[str, FlatMap]]:
     return [("tsne", t_sne(unit)), ("pca", pca(unit))]
 
 
-def _batch_figures(run: RunData, batch: SyntheticNegatives) -> list[Figure]:
+def _batch_figures(run: RunData, batch: SyntheticNegatives, place: int) -> list[Figure]:
     """Both maps of a batch with the synthetic negatives of one anchor."""
     anchor = anchor_to_show(batch)
     mine = batch.anchor == anchor
@@ -189,7 +207,7 @@ def _batch_figures(run: RunData, batch: SyntheticNegatives) -> list[Figure]:
             png = _draw_batch(f"{NAMES[name]}: {run.name}", flat, batch, anchor, batch.negative_class[mine])
         figures.append(
             Figure(
-                name=f"map-batch-{name}-{_slug(run.name)}",
+                name=f"map-batch-{name}-{place}",
                 png=png,
                 alt=f"{NAMES[name]} of a batch of {run.name}: an anchor, its positives, its negatives, synthetic ones.",
                 caption=f"{run.name}: {flat.text}. {facts}",
@@ -199,31 +217,28 @@ def _batch_figures(run: RunData, batch: SyntheticNegatives) -> list[Figure]:
 
 
 def _draw_batch(title: str, flat: FlatMap, batch: SyntheticNegatives, anchor: int, classes: Tensor) -> bytes:
-    figure, axes = new_chart(title, MAP_HEIGHT)
-    _bare(axes, flat)
     labels = batch.labels.numpy()
     real, made = flat.points[: len(labels)], flat.points[len(labels) :]
     own = labels == labels[anchor]
     own[anchor] = False
+    edge = {"markeredgecolor": "white", "markeredgewidth": 0.6}
+    kinds: list[tuple[str, Points, str, str, float, dict[str, Any]]] = [
+        ("negatives", real[labels != labels[anchor]], COLOURS[0], "o", 24, edge),
+        ("synthetic negatives", made, COLOURS[1], "x", 26, {"markeredgewidth": 1.4}),
+        ("its positives", real[own], COLOURS[2], "^", 65, edge),
+        ("anchor", real[[anchor]], "black", "*", 210, edge),
+    ]
+    keys = [point_key(name, colour, marker, area, **look) for name, _, colour, marker, area, look in kinds[::-1]]
+    figure, axes = _new_map(title, flat, keys)
     for point, class_id in zip(made, classes.tolist(), strict=True):
         middle = real[labels == class_id].mean(0)
         axes.plot((middle[0], point[0]), (middle[1], point[1]), color=COLOURS[1], linewidth=0.5, alpha=0.5, zorder=1)
-
-    def draw(points: Points, marker: str, size: float, colour: str, zorder: int, **style: Any) -> Any:
-        return axes.scatter(points[:, 0], points[:, 1], size, color=colour, marker=marker, zorder=zorder, **style)
-
-    edge = {"edgecolors": "white", "linewidths": 0.6}
-    handles = [
-        draw(real[[anchor]], "*", 210, "black", 5, **edge),
-        draw(real[own], "^", 65, COLOURS[2], 4, **edge),
-        draw(real[labels != labels[anchor]], "o", 24, COLOURS[0], 2, **edge),
-        draw(made, "x", 26, COLOURS[1], 3, linewidths=1.4),
-    ]
-    legend_below(figure, handles, ["anchor", "its positives", "negatives", "synthetic negatives"])
+    for zorder, (_, points, colour, marker, area, look) in enumerate(kinds, 2):
+        _draw_points(axes, points, colour, marker, area, zorder, look)
     return chart_png(figure)
 
 
-def _class_figures(model: EmbeddedRun, chosen: Tensor) -> list[Figure]:
+def _class_figures(model: EmbeddedRun, chosen: Tensor, place: int) -> list[Figure]:
     """Both maps of some classes."""
     labels = model.labels[chosen]
     ids = labels.unique().tolist()
@@ -234,7 +249,7 @@ def _class_figures(model: EmbeddedRun, chosen: Tensor) -> list[Figure]:
             png = _draw_classes(f"{NAMES[name]}: {model.run.name}", flat, labels, names)
         figures.append(
             Figure(
-                name=f"map-classes-{name}-{_slug(model.run.name)}",
+                name=f"map-classes-{name}-{place}",
                 png=png,
                 alt=f"{NAMES[name]} of images of {len(ids)} evaluated classes, embedded by {model.run.name}.",
                 caption=f"{model.run.name}: {flat.text}, images of {len(ids)} evaluated classes.",
@@ -244,38 +259,31 @@ def _class_figures(model: EmbeddedRun, chosen: Tensor) -> list[Figure]:
 
 
 def _draw_classes(title: str, flat: FlatMap, labels: Tensor, names: Sequence[str]) -> bytes:
-    rows = (len(names) + 1) // 2
-    figure, axes = new_chart(title, MAP_HEIGHT - 60 + 19 * rows)
-    _bare(axes, flat)
-    handles = []
-    for number, class_id in enumerate(labels.unique().tolist()):
-        points = flat.points[(labels == class_id).numpy()]
-        marker = MARKERS[number % len(MARKERS)]
-        handles.append(
-            axes.scatter(
-                points[:, 0],
-                points[:, 1],
-                SIZES.get(marker, 34),
-                color=COLOURS[number % len(COLOURS)],
-                marker=marker,
-                edgecolors="white",
-                linewidths=0.5,
-            )
-        )
-    legend_below(figure, handles, names)
+    edge: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.5}
+    looks = [(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i in range(len(names))]
+    areas = [float(SIZES.get(marker, 34)) for _, marker in looks]
+    keys = [point_key(name, *look, area, **edge) for name, look, area in zip(names, looks, areas, strict=True)]
+    figure, axes = _new_map(title, flat, keys)
+    for class_id, look, area in zip(labels.unique().tolist(), looks, areas, strict=True):
+        _draw_points(axes, flat.points[(labels == class_id).numpy()], *look, area, 2, edge)
     return chart_png(figure)
 
 
-def _bare(axes: "Axes", flat: FlatMap) -> None:
-    """No ticks: only neighbourhoods count. Equal scales."""
+def _draw_points(
+    axes: "Axes", points: Points, colour: str, marker: str, area: float, zorder: int, look: dict[str, Any]
+) -> None:
+    """Points as their key shows them."""
+    point = point_key("", colour, marker, area, **look).mark
+    axes.plot(points[:, 0], points[:, 1], zorder=zorder, **point)
+
+
+def _new_map(title: str, flat: FlatMap, keys: Sequence[Key]) -> "tuple[Canvas, Axes]":
+    """A chart without ticks, since only neighbourhoods count; equal scales."""
+    named = any(flat.axes)
+    around = 0.3 if named else MARGIN
+    figure, axes = new_chart(title, MAP_HEIGHT + GAP, keys, left=around, right=MARGIN, bottom=around)
+    axes.grid(False)
     axes.set(xticks=[], yticks=[], aspect="equal", xlabel=flat.axes[0], ylabel=flat.axes[1], adjustable="datalim")
-    axes.tick_params(colors=INK)
-    for side in ("top", "right", "bottom", "left"):
-        axes.spines[side].set(visible=True, color=FAINT)
+    axes.spines[:].set(visible=True, color=FAINT)
     axes.margins(0.06)
-
-
-def _slug(name: str) -> str:
-    """A run's name as a part of a file's name."""
-    letters = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower())
-    return "-".join(part for part in letters.split("-") if part) or "run"
+    return figure, axes

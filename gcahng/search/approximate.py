@@ -5,6 +5,7 @@ Every index knows the recall that was measured for it against exact search, and 
 Shapes: Q queries, G gallery items, D embedding channels.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,6 +85,7 @@ class ApproximateIndex:
         """
         faiss = load_faiss()
         checks.check_embeddings("embeddings", embeddings)
+        checks.check_finite("embeddings", embeddings)
         check_choice(kind)
         check_count("seed", seed, 0, 2**31 - 1)
         check_count("links", links, 2, 256)
@@ -95,9 +97,7 @@ class ApproximateIndex:
             index.train(_training_rows(embeddings, index.nlist, seed))
         with _threads(faiss, threads if kind == "hnsw" else None):
             for start in range(0, len(embeddings), _ROWS_AT_ONCE):
-                rows = embeddings[start : start + _ROWS_AT_ONCE]
-                checks.check_finite("embeddings", rows)
-                index.add(unit_vectors(rows.cpu()).numpy())
+                index.add(unit_vectors(embeddings[start : start + _ROWS_AT_ONCE].cpu()).numpy())
         found = cls(index, kind=kind, seed=seed)
         if effort is None and kind == "hnsw":
             effort = min(_SEARCH_EFFORT, found.most_effort)
@@ -218,6 +218,7 @@ def load_faiss() -> ModuleType:
     Raises:
         InputError: It is not installed.
     """
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # which instructions it was compiled for
     try:
         import faiss
     except ImportError:
@@ -293,9 +294,7 @@ def _training_rows(embeddings: Tensor, lists: int, seed: int) -> Any:
     """A sample of the gallery, unit vectors: (n, D) float32 array."""
     order = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(seed))
     chosen = order[: _TRAINING_ITEMS_PER_LIST * lists].sort().values
-    rows = embeddings[chosen.to(embeddings.device)]
-    checks.check_finite("embeddings", rows)
-    return unit_vectors(rows.cpu()).numpy()
+    return unit_vectors(embeddings[chosen.to(embeddings.device)].cpu()).numpy()
 
 
 def _ranked(scores: Tensor, indices: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ def clustering_row(evaluation: Evaluation) -> dict[str, Any]:
         "ami": scores.ami,
         "num_clusters": scores.num_clusters,
         "clustering_library": scores.library,
+        "clustering_initial": scores.initial,
     }
 
 

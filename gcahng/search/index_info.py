@@ -27,6 +27,8 @@ LABELS = "labels.npy"
 ROWS = "rows.jsonl"
 OFFSETS = "row_offsets.npy"
 PARQUET = "embeddings.parquet"
+PARTIAL = ".partial"
+"""Behind the name of an index folder that is being made."""
 LAYOUTS: dict[str, tuple[str, ...]] = {"npy": (EMBEDDINGS, LABELS, ROWS, OFFSETS), "parquet": (PARQUET,)}
 
 _REPAIR = "Restore the folder, or make it again with launch/embed.py."

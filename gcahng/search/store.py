@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gcahng.errors import DataError, InputError
 from gcahng.search.assemble import load_parquet
-from gcahng.search.index_info import EMBEDDINGS, INDEX, LABELS, OFFSETS, PARQUET, ROWS, IndexInfo
+from gcahng.search.index_info import EMBEDDINGS, INDEX, LABELS, OFFSETS, PARQUET, PARTIAL, ROWS, IndexInfo
 
 _REPAIR = "Restore the file, or make it again."
 _MAX_LINE = 1 << 20
@@ -91,7 +91,7 @@ class EmbeddingStore:
             ConfigError: Parquet, and pyarrow is not installed.
         """
         path = Path(path)
-        if path.is_dir():
+        if (path / INDEX).exists():
             info = IndexInfo.load(path)
             if verify:
                 _verify(path, info)
@@ -104,10 +104,7 @@ class EmbeddingStore:
             return EmbeddingStore(path, content, info)
         readers: dict[str, Callable[[Path], _Content]] = {".npz": _NpzFile, ".parquet": _ParquetFile}
         if not path.is_file() or path.suffix not in readers:
-            raise DataError(
-                f"{path} holds no embeddings: expected an index folder, or a file .npz or .parquet, got "
-                f"{'another file' if path.exists() else 'nothing there'}. Make one with launch/embed.py."
-            )
+            raise DataError(_no_store(path))
         return EmbeddingStore(path, readers[path.suffix](path), None)
 
     def __len__(self) -> int:
@@ -144,6 +141,17 @@ class EmbeddingStore:
         if not 0 <= index < self.count:
             raise InputError(f"Row {index} is not among {self.count} of {self.path}.")
         return self._content.row(index)
+
+
+def _no_store(path: Path) -> str:
+    """Why nothing is found at a path."""
+    if not path.exists() and path.with_name(f"{path.name}{PARTIAL}").is_dir():
+        return f"{path} is not finished: launch/embed.py was stopped. Give its command again, it continues."
+    got = f"a folder without {INDEX}" if path.is_dir() else "another file" if path.exists() else "nothing there"
+    return (
+        f"{path} holds no embeddings: expected an index folder, or a file .npz or .parquet, got {got}. Make one with "
+        "launch/embed.py."
+    )
 
 
 def _verify(folder: Path, info: IndexInfo) -> None:

@@ -18,14 +18,13 @@ from gcahng.data.stores.file_lock import LockedFile, lock_file
 from gcahng.errors import ConfigError
 from gcahng.search.assemble import ASSEMBLE, Parts, load_parquet
 from gcahng.search.image_parts import ImageParts, Job
-from gcahng.search.index_info import INDEX, LAYOUTS, IndexInfo, differences, is_index, read_json
+from gcahng.search.index_info import INDEX, LAYOUTS, PARTIAL, IndexInfo, differences, is_index, read_json
 from gcahng.search.part_files import PartFiles
 
 log = logging.getLogger(__name__)
 
 PART_IMAGES = 4096
 """Images of a part by default: what is embedded again at most, on each rank, after an interruption."""
-PARTIAL = ".partial"
 PROGRESS = "progress.json"
 
 # Bytes of a row beside its embedding: label, offset, key, shard and class name.
@@ -65,6 +64,8 @@ class IndexTarget:
             raise ConfigError(f"`--format` must be one of {', '.join(LAYOUTS)}, got {self.layout!r}. Choose one.")
         if self.part_images < 1:
             raise ConfigError(f"`--part-images` must be at least 1, got {self.part_images}. Raise it.")
+        if self.folder.name in ("", ".."):
+            raise ConfigError(f"`--out` {self.folder}: expected the name of a folder. Give its whole path.")
         if self.layout == "parquet":
             load_parquet()
         parent = self.folder.absolute().parent

@@ -162,8 +162,8 @@ class Canvas:
         return png_bytes(self._figure)
 
 
-def fitted(figure: Any, text: str, width: float, num_lines: int, **style: Any) -> str:
-    """A text in lines that are no wider than `width` inches when drawn on a matplotlib figure in that style."""
+def measured(figure: Any, **style: Any) -> Callable[[str], float]:
+    """What says how wide a text is, in inches, when drawn on a matplotlib figure in that style."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
@@ -172,10 +172,15 @@ def fitted(figure: Any, text: str, width: float, num_lines: int, **style: Any) -
 
     def measure(part: str) -> float:
         probe.set_text(part)
-        return float(probe.get_window_extent(renderer).width / figure.dpi)
+        with missing_glyphs_allowed():
+            return float(probe.get_window_extent(renderer).width / figure.dpi)
 
-    with missing_glyphs_allowed():
-        return shorten(text, width, num_lines, measure)
+    return measure
+
+
+def fitted(figure: Any, text: str, width: float, num_lines: int, **style: Any) -> str:
+    """A text in lines that are no wider than `width` inches when drawn on a matplotlib figure in that style."""
+    return shorten(text, width, num_lines, measured(figure, **style))
 
 
 def png_bytes(figure: Any) -> bytes:

@@ -45,7 +45,7 @@ class TarSets:
 
     Attributes:
         query: Paths or URLs, see `gcahng.data.tars.locations.find_tars`; every image queries all the others.
-        gallery: Those that are searched instead (protocol `query_gallery`).
+        gallery: Those that are searched instead, whatever the protocol of the run.
         label_field: Field of `.json` that holds the class, see `gcahng.data.tars.labels.read_label`.
         distractors: Those that are searched as well and show none of the queries' classes; they need no labels.
     """
@@ -126,27 +126,27 @@ def evaluate_tars(
 
     Args:
         tars: What to embed.
-        config: Protocol and ks; its splits and labels are of shard folders and play no part.
+        config: ks, and whether there must be a gallery (protocol `query_gallery`); its splits and labels are of shard
+            folders and play no part.
         num_neighbours: Nearest neighbours to return per query.
         save_to: Write the embeddings to this file, see `save_embeddings`; on rank 0.
         keep_embeddings: Return the embeddings, on rank 0.
         ranks: All of them call this; each reads its share of the tars.
     Raises:
-        ConfigError: The protocol asks for a gallery that is missing, or has no use for the one given; or a k exceeds
-            what a query can find.
-        DataError: See `embed_tars`; or labels of query and gallery are of different kinds, or nothing can be found.
+        ConfigError: The protocol asks for a gallery that is missing; or a k exceeds what a query can find.
+        DataError: See `embed_tars`; or a tar comes twice, labels of query and gallery are of different kinds, or
+            nothing can be found.
     """
     config = replace(config, gallery_split=None, galleries=(), distractor_splits=(), coarse_label=None)
     if save_to is not None:
         _check_saving(save_to, config, ranks)
-    if (config.protocol == "query_gallery") != (tars.gallery is not None):
-        want = "a gallery (--gallery-tars)" if tars.gallery is None else "no gallery"
+    if config.protocol == "query_gallery" and tars.gallery is None:
         raise ConfigError(
-            f"`eval.protocol` is {config.protocol}: expected {want} beside the tars. Change one of them "
-            "(eval.protocol=self or eval.protocol=query_gallery)."
+            "`eval.protocol` is query_gallery: expected a gallery (--gallery-tars) beside the tars. Name it, or let "
+            'the tars search each other: eval.protocol=self eval.gallery_split=null "eval.galleries=[]".'
         )
-    others = [locations for locations in (tars.gallery, tars.distractors) if locations is not None]
-    agreed(ranks, lambda: [find_tars(locations) for locations in others])  # a wrong path is found now
+    # A wrong path is found now, and one that would be searched by itself.
+    agreed(ranks, lambda: find_tars([*tars.query, *(tars.gallery or ()), *(tars.distractors or ())]))
     query = embed_tars(model, tars.query, settings, tars.label_field, ranks=ranks)
     gallery = None if tars.gallery is None else embed_tars(model, tars.gallery, settings, tars.label_field, ranks=ranks)
     ids, gallery_ids, names = _joint_labels(query, gallery)
@@ -184,29 +184,41 @@ def _searched(
     keep_embeddings: bool,
     ranks: Ranks,
 ) -> Evaluation:
-    """Search, and bring the embeddings to rank 0 where they are wanted."""
-    # Ranked where the model is: only all embeddings together need the memory there.
-    results, coarse = search_sets(
-        query, galleries, distractors, config, device=settings.device, ranks=ranks, num_neighbours=num_neighbours
-    )
+    """Bring the embeddings to rank 0 where they are wanted, and search."""
     embeddings: dict[str, Tensor] = {}
     if save_to is not None or keep_embeddings:
         for name, images in (("query", query), ("gallery", next(iter(galleries.values())))):
             found = None if images is None else rows_on_first(images.embeddings, ranks)
             if found is not None:
                 embeddings[name] = found
-    if save_to is not None and ranks.first:
-        gallery = next(iter(galleries.values()))
-        named = None if gallery is None else _named(gallery, embeddings["gallery"])
-        save_embeddings(save_to, _named(query, embeddings["query"]), named, class_name)
+    if save_to is not None:
+        agreed(ranks, lambda: _save(save_to, query, galleries, embeddings, class_name) if ranks.first else None)
+    if not keep_embeddings:
+        embeddings = {}
+    # Ranked where the model is: only all embeddings together need the memory there.
+    results, coarse = search_sets(
+        query, galleries, distractors, config, device=settings.device, ranks=ranks, num_neighbours=num_neighbours
+    )
     return Evaluation(
         results=results,
         coarse=coarse,
         query=query,
         galleries=dict(galleries),
         class_name=class_name,
-        embeddings=embeddings if keep_embeddings else {},
+        embeddings=embeddings,
     )
+
+
+def _save(
+    path: Path,
+    query: EmbeddedSet,
+    galleries: Mapping[str, EmbeddedSet | None],
+    embeddings: Mapping[str, Tensor],
+    class_name: Callable[[int], str],
+) -> None:
+    gallery = next(iter(galleries.values()))
+    named = None if gallery is None else _named(gallery, embeddings["gallery"])
+    save_embeddings(path, _named(query, embeddings["query"]), named, class_name)
 
 
 def _embedded_rows(

@@ -113,7 +113,8 @@ def check_answerable(
             )
     classes, counts = np.unique(gallery, return_counts=True)
     if not np.isin(query, classes[counts > excluded]).any():
-        repair = "--tars and --label-field" if what == "the tars" else "eval.split and eval.gallery_split"
+        tars, splits = "--tars, --gallery-tars and --label-field", "eval.split and eval.gallery_split"
+        repair = tars if what == "the tars" else splits
         raise DataError(
             f"No image of {what} has another image of its class to find{where}. Check {repair}, or add images."
         )

@@ -3,15 +3,14 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gcahng.errors import ConfigError
 from gcahng.metrics import RetrievalResult
 from gcahng.metrics.per_class import PerClass, per_class, worst_queries
 from gcahng.training.evaluation import as_row
+from gcahng.training.output_files import whole_file
 from gcahng.training.protocols import Evaluation
 from gcahng.training.results import evaluation_columns
 
@@ -85,18 +84,6 @@ def write_per_class(path: Path, evaluation: Evaluation) -> None:
     _write("--per-class", path, lines.getvalue())
 
 
-def check_output(option: str, path: Path) -> None:
-    """Refuse, before anything is embedded, a file that cannot be written afterwards.
-
-    Raises:
-        ConfigError: Its folder does not exist, or it is one.
-    """
-    if not path.parent.is_dir():
-        raise ConfigError(f"`{option}` {path}: the folder does not exist. Create it first.")
-    if path.is_dir():
-        raise ConfigError(f"`{option}` {path} is a folder: expected the name of a file.")
-
-
 def _details(evaluation: Evaluation, result: RetrievalResult, num_worst: int) -> dict[str, Any]:
     return {
         "per_class": list(_class_rows(evaluation, per_class(result))),
@@ -139,11 +126,5 @@ def _printable(text: str) -> str:
 
 
 def _write(option: str, path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"`{option}` {path} cannot be written ({error.strerror}). Name another.") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(option, path) as file:
+        file.write(text.encode())

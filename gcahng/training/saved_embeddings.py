@@ -1,6 +1,5 @@
 """Embeddings as a file for other tools: a plain `.npz` of numbers and texts, without pickled objects."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,9 @@ from torch import Tensor
 
 from gcahng.data.shards.reader import ShardSet
 from gcahng.errors import ConfigError
+from gcahng.training.output_files import check_output, whole_file
+
+_OPTION = "--save-embeddings"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +45,11 @@ def check_target(path: Path) -> None:
     """Refuse, before anything is embedded, a file that cannot be written afterwards.
 
     Raises:
-        ConfigError: It is no `.npz`, or its folder does not exist.
+        ConfigError: It is no `.npz`, or see `check_output`.
     """
     if path.suffix != ".npz":
-        raise ConfigError(f"`--save-embeddings` {path}: expected a name that ends in .npz. Rename it.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"`--save-embeddings` {path}: the folder does not exist. Create it first.")
+        raise ConfigError(f"`{_OPTION}` {path}: expected a name that ends in .npz. Rename it.")
+    check_output(_OPTION, path)
 
 
 def save_embeddings(
@@ -83,12 +84,5 @@ def save_embeddings(
     class_ids = sorted(found)
     arrays["class_ids"] = np.array(class_ids, dtype=np.int64)
     arrays["class_names"] = np.array([class_name(class_id) for class_id in class_ids], dtype=np.str_)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"`--save-embeddings` {path} cannot be written ({error.strerror}). Name another.") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(_OPTION, path) as file:
+        np.savez(file, **arrays)

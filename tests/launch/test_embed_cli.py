@@ -45,6 +45,18 @@ def test_plain_tars(command_line, run_dir, launch_shards, tmp_path) -> None:
     assert len(store) == 96 and sorted(set(store.labels().tolist())) == list(range(16))
 
 
+def test_a_launcher_need_not_be_one_of_training(command_line, run_dir, tmp_path, monkeypatch) -> None:
+    """Nothing is trained: settings of training are no fault, DeepSpeed has no part in it."""
+    run = ("--run", run_dir, "--quiet", "--out", tmp_path / "index")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert command_line("embed.py", *run).status == 0
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29777"}
+    for name, value in (launcher | {"ACCELERATE_USE_DEEPSPEED": "true"}).items():
+        monkeypatch.setenv(name, value)
+    ended = command_line("embed.py", *run)
+    assert ended.status == 2 and "asks for DeepSpeed (ACCELERATE_USE_DEEPSPEED), but nothing is trained" in ended.err
+
+
 def test_wrong_uses(command_line, run_dir, launch_shards, tmp_path) -> None:
     run = ("--run", run_dir, "--quiet", "--out")
     index = (*run, tmp_path / "index")

@@ -152,7 +152,11 @@ def broken(run_dir: Path, tmp_path: Path) -> Path:
 def test_what_cannot_be_evaluated(command_line, run_dir, launch_shards, tmp_path) -> None:
     cases: list[tuple[tuple[object, ...], str]] = [
         (("--run", tmp_path), f"`{tmp_path}/last` is no checkpoint: expected a folder step-N"),
-        (("--run", tmp_path / "none", "--which", "best"), "none/best` is no checkpoint"),
+        (("--run", tmp_path / "none", "--which", "best"), f"`--run` {tmp_path}/none: there is no such folder."),
+        (("--run", run_dir / "last"), f"`--run` {run_dir}/last is a checkpoint, no run folder: use --checkpoint"),
+        (("--checkpoint", run_dir / "last", "--which", "best"), "`--which` best chooses a checkpoint of --run"),
+        (("--run", run_dir, "--json", "/proc/row.json"), "`--json` /proc/row.json cannot be written (No such file"),
+        (("--run", run_dir, "--save-embeddings", "/proc/e.npz"), "`--save-embeddings` /proc/e.npz cannot be written"),
         (("--checkpoint", launch_shards), "is no checkpoint"),
         (("--checkpoint", launch_shards / "manifest.json"), "is no checkpoint"),
         (("--checkpoint", broken(run_dir, tmp_path)), "metric_model.safetensors is damaged"),
@@ -176,10 +180,27 @@ def test_what_cannot_be_evaluated(command_line, run_dir, launch_shards, tmp_path
         assert "Traceback" not in ended.err
 
 
-@pytest.mark.parametrize("arguments", [[], ["--run", "a", "--checkpoint", "b"], ["--run", "a", "--which", "first"]])
-def test_a_wrong_command_line_shows_its_use(command_line, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one of the arguments --run --checkpoint is required"),
+        (["--run", "a", "--checkpoint", "b"], "--checkpoint: not allowed with argument --run"),
+        (["--run", "a", "--which", "first"], "--which: invalid choice: 'first'"),
+        (["--run", "a", "--ks", "1;2"], "--ks: expected whole numbers as in 1,10,100, got '1;2'"),
+    ],
+)
+def test_a_wrong_command_line_shows_its_use(command_line, arguments: list[str], message: str) -> None:
     ended = command_line("evaluate.py", *arguments)
-    assert ended.status == 2 and ended.err.startswith("usage: launch/evaluate.py")
+    assert ended.status == 2 and ended.err.startswith("usage: launch/evaluate.py") and message in ended.err
+
+
+def test_what_was_found_is_kept_where_the_rest_fails(command_line, run_dir, tmp_path) -> None:
+    """15 images are too few for the lists of an approximate index."""
+    shards = convert_patterns(draw_patterns(tmp_path / "images", num_classes=6, images=5), tmp_path / "few")
+    files = ("--json", tmp_path / "row.json", "--per-class", tmp_path / "classes.csv")
+    ended = command_line("evaluate.py", "--run", run_dir, "--data", shards, "--quiet", "--approximate", "ivf", *files)
+    assert ended.status == 2 and "too few to train 1 list of kind 'ivf'" in ended.err
+    assert ended.out == shown(means(tmp_path / "row.json")) and (tmp_path / "classes.csv").stat().st_size > 100
 
 
 def test_everything_as_json_and_class_by_class(command_line, run_dir, tmp_path) -> None:
@@ -215,7 +236,9 @@ def test_clusters_on_request(command_line, run_dir, tmp_path) -> None:
         want = clustering_scores(torch.from_numpy(saved["embeddings"]), torch.from_numpy(saved["labels"]))
     values = json.loads((tmp_path / "all.json").read_text())
     assert (values["nmi"], values["ami"], values["num_clusters"]) == (want.nmi, want.ami, 8)
-    assert f"NMI {want.nmi:.4f}  AMI {want.ami:.4f}  (8 clusters by " in ended.out
+    how = f"8 clusters by {want.library}, initial {want.initial}"
+    assert f"NMI {want.nmi:.4f}  AMI {want.ami:.4f}  ({how})" in ended.out
+    assert (values["clustering_library"], values["clustering_initial"]) == (want.library, want.initial)
     by_setting = command_line("evaluate.py", "--run", run_dir, "--quiet", "eval.clustering=true")
     assert by_setting.out == ended.out
 

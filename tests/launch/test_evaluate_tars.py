@@ -53,6 +53,20 @@ def test_embeddings_of_a_run_are_saved(command_line, run_dir, tmp_path) -> None:
         assert saved["labels"].shape == (48,)
 
 
+def test_tars_search_others_whatever_the_protocol_of_the_run(command_line, run_dir, tars, tmp_path) -> None:
+    """A run of self-retrieval, and one of query and gallery: the settings that it asks for do repair it."""
+    arguments = ("--run", run_dir, "--quiet", "--label-field", "kind", "--tars", tars / "test-0.tar")
+    ended = command_line("evaluate.py", *arguments, "--gallery-tars", f"{tars}/test-[12].tar", "--ks", "1")
+    assert ended.status == 0 and "20 queries, 18 without a reference" in ended.out, ended.err
+    other = ("eval.protocol=query_gallery", "eval.gallery_split=train")
+    ended = command_line("evaluate.py", *arguments, *other, "--ks", "1")
+    assert ended.status == 2 and "expected a gallery (--gallery-tars)" in ended.err
+    repair = ("eval.protocol=self", "eval.gallery_split=null", "eval.galleries=[]")
+    assert all(setting in ended.err for setting in repair)
+    ended = command_line("evaluate.py", *arguments, *other, *repair, "--ks", "1")
+    assert ended.status == 0 and "20 queries, " in ended.out, ended.err
+
+
 def test_a_cut_tar_gives_no_numbers(command_line, run_dir, tars, tmp_path) -> None:
     content = (tars / "test-0.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(content[: len(content) // 2 // 512 * 512])
@@ -77,7 +91,9 @@ def test_wrong_uses(command_line, run_dir, tars, tmp_path) -> None:
         (("--tars", f"{tars}/*.tar"), "has no label: expected field class_name or class or label or cls in .json, got"),
         (("--tars", f"{tars}/none-*.tar"), "No file matches"),
         (("--tars", "pipe:cat x.tar"), "'pipe:cat x.tar' is a command"),
-        (("--tars", f"{tars}/*.tar", "--gallery-tars", "x.tar"), "`eval.protocol` is self: expected no gallery"),
+        (("--tars", f"{tars}/*.tar", "--gallery-tars", "x.tar"), "Tar x.tar does not exist"),
+        (("--tars", f"{tars}/*.tar", "--gallery-tars", tars / "test-1.tar"), "test-1.tar comes twice"),
+        (("--tars", f"{tars}/*.tar", "--distractor-tars", tars / "test-1.tar"), "test-1.tar comes twice"),
         (("--save-embeddings", tmp_path / "e.csv"), "expected a name that ends in .npz"),
         (("--save-embeddings", tmp_path / "no" / "e.npz"), "the folder does not exist"),
     ]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from run_cases import ALONE, train
+from tar_cases import write_tar
 
 from gcahng.data.shards.reader import ShardSet
 from gcahng.search.embed import embed_checkpoint
@@ -115,6 +117,57 @@ def test_another_model_is_refused(command_line, index, queries, run_dir, launch_
     assert ended.status == 0 and ended.out.splitlines()[2].split()[3] == EmbeddingStore.open(index).row(0).key
 
 
+OWN_BACKBONE = """
+from pathlib import Path
+
+from gcahng.models.small_conv import SmallConv
+
+Path(__file__).with_name("ran").touch()
+
+
+def network():
+    return SmallConv(widths=[4])
+"""
+
+
+def test_an_index_alone_makes_nobody_run_code(
+    command_line, queries, launch_shards, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever made it chose the checkpoint, and so the module that its backbone would come from."""
+    (tmp_path / "own_backbone.py").write_text(OWN_BACKBONE)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {"model.backbone": "own_backbone:network", "model.backbone_args": {}, "train.max_steps_per_epoch": 1}
+    train(launch_shards, tmp_path / "run", own)
+    embed_checkpoint(tmp_path / "run" / "last", IndexTarget(tmp_path / "index"), ALONE)
+    monkeypatch.delitem(sys.modules, "own_backbone")
+    (tmp_path / "ran").unlink()
+    ended = command_line("search.py", tmp_path / "index", queries[0], "--k", 1)
+    assert ended.status == 2 and ended.out == "" and not (tmp_path / "ran").exists()
+    assert "`model.backbone` 'own_backbone:network'" in ended.err
+    checkpoint = ended.err.rsplit("name it: ", 1)[1].split()
+    ended = command_line("search.py", tmp_path / "index", queries[0], "--k", 1, *checkpoint)
+    assert ended.status == 0 and (tmp_path / "ran").exists(), ended.err
+
+
+def test_a_small_index_gives_all_of_its_images(command_line, run_dir, queries, launch_shards, tmp_path) -> None:
+    """Fewer than the 10 that are found by default."""
+    content = ShardSet.open(launch_shards).read(0)
+    write_tar(tmp_path / "two.tar", {"a.png": content, "b.png": content})
+    target = IndexTarget(tmp_path / "index")
+    embed_checkpoint(run_dir / "last", target, ALONE, tars=[tmp_path / "two.tar"], labelled=False)
+    ended = command_line("search.py", target.folder, queries[0])
+    assert ended.status == 0 and [line.split()[2] for line in ended.out.splitlines()[2:]] == ["a", "b"], ended.err
+
+
+def test_what_a_picture_needs_is_looked_for_first(command_line, index, queries, tmp_path, monkeypatch) -> None:
+    for option, module in (("--picture", "matplotlib"), ("--approximate", "faiss")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            value = [tmp_path / "found.png"] if option == "--picture" else ["flat"]
+            ended = command_line("search.py", index, queries[0], option, *value)
+        assert ended.status == 2 and ended.out == "" and "pip install 'gcahng[" in ended.err
+
+
 def test_wrong_uses(command_line, index, queries, tmp_path) -> None:
     damaged = shutil.copytree(index, tmp_path / "damaged")
     content = bytearray((damaged / "embeddings.npy").read_bytes())
@@ -123,18 +176,23 @@ def test_wrong_uses(command_line, index, queries, tmp_path) -> None:
     cut = shutil.copytree(index, tmp_path / "cut")
     (cut / "rows.jsonl").write_bytes(b"")
     (tmp_path / "text.png").write_bytes(b"no image")
+    unfinished = tmp_path / "unfinished"
+    (tmp_path / "unfinished.partial").mkdir()
     query = queries[0]
     cases: list[tuple[tuple[Any, ...], str]] = [
         ((tmp_path / "none", query), "holds no embeddings"),
-        ((tmp_path / "queries", query), "index.json cannot be read"),
+        ((tmp_path / "queries", query), "queries holds no embeddings: expected an index folder, or a file .npz or"),
+        ((unfinished, query), "unfinished is not finished: launch/embed.py was stopped. Give its command again"),
         ((cut, query), "rows.jsonl is damaged: expected"),
         ((damaged, query, "--verify"), "embeddings.npy is damaged: expected sha256"),
-        ((index, tmp_path / "text.png"), "text.png is no image"),
+        ((index, tmp_path / "text.png"), "that begin with b'no image'. Replace the file, or leave it out."),
         ((index, tmp_path / "none.png"), "none.png does not exist"),
         ((index, query, "--k", "49"), "`--k` must be from 1 to the 48 images"),
         ((index, query, "--k", "0"), "`--k` must be from 1 to the 48 images"),
         ((index, query, "--picture", tmp_path / "a.jpg"), "expected a name that ends in .png"),
         ((index, query, "--json", tmp_path / "none" / "a.json"), "the folder does not exist"),
+        ((index, query, "--json", tmp_path), f"`--json` {tmp_path} is a folder"),
+        ((index, query, "--json", "/proc/found.json"), "`--json` /proc/found.json cannot be written"),
         ((index, query, "--checkpoint", tmp_path), "is no checkpoint"),
     ]
     for arguments, message in cases:

@@ -1,12 +1,17 @@
 """Several blocks of items: error bounds of tiles, and ranks as from a table of all exact scores."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch import Tensor
 
 from gcahng.metrics import counting, nearest, retrieval, search
+from gcahng.metrics.retrieval import _mean
 from gcahng.metrics.tiles import BLOCK, TileMaker, Vectors, computed_limits
 from gcahng.metrics.unit_vectors import all_scores, full_precision, unit_vectors
+
+nearest_module = import_module("gcahng.metrics.nearest")
 
 
 def trained(num_items: int, noise: float, channels: int = 24) -> tuple[Tensor, Tensor]:
@@ -17,18 +22,19 @@ def trained(num_items: int, noise: float, channels: int = 24) -> tuple[Tensor, T
     return centres[labels] + noise * torch.randn(num_items, channels, generator=generator), labels
 
 
-@pytest.mark.parametrize("low", [True, False])
-@pytest.mark.parametrize("channels", [3, 498])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("count", "channels"), [(BLOCK, 3), (64, 1), (BLOCK, 498)])
 @pytest.mark.parametrize("aligned", [True, False])
-def test_tiles_keep_their_bounds(low: bool, channels: int, aligned: bool) -> None:
+def test_tiles_keep_their_bounds(dtype: torch.dtype, count: int, channels: int, aligned: bool) -> None:
+    low = dtype == torch.bfloat16
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(BLOCK, channels, generator=generator)
+    x = torch.randn(count, channels, generator=generator)
     # Equal entries: their rounding errors have one sign. 498 ^ -1/2 is nearly halfway between two bfloat16 numbers.
     x = torch.ones_like(x) + 1e-6 * x if aligned else x
     unit = unit_vectors(x)
     vectors, exact = Vectors.of(unit, low=low), all_scores(unit, unit)
     with full_precision():
-        tile = TileMaker(unit.device).tile(vectors, vectors, low=low)
+        tile = TileMaker(unit.device).tile(vectors, vectors, dtype)
     stored = tile.stored_roundoff * tile.scores.double().abs()
     error = (tile.scores.double() - exact).abs()
     assert (error <= tile.row_error.double().unsqueeze(1) + stored).all()
@@ -36,7 +42,7 @@ def test_tiles_keep_their_bounds(low: bool, channels: int, aligned: bool) -> Non
     if low and aligned and channels == 498:  # the bound is not idle: the error comes near it
         assert (error / (tile.row_error.double().unsqueeze(1) + stored)).max() > 0.5
 
-    for wanted in (exact[0], exact[:, 1].flip(0), torch.full((BLOCK,), -torch.inf).double()):
+    for wanted in (exact[0], exact[:, -1].flip(0), torch.full((count,), -torch.inf).double()):
         limits = computed_limits(tile, wanted, tile.row_error)
         matters = exact >= wanted.unsqueeze(1)
         assert (tile.scores >= limits.unsqueeze(1))[matters].all()
@@ -81,7 +87,7 @@ def test_crowded_tiles_turn_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     x = x * 0.02 + torch.ones(x.shape[1])
     used = []
     tile = TileMaker.tile
-    monkeypatch.setattr(TileMaker, "tile", lambda self, *given, low: used.append(low) or tile(self, *given, low=low))
+    monkeypatch.setattr(TileMaker, "tile", lambda self, *given: used.append(given[2]) or tile(self, *given))
     monkeypatch.setattr(counting, "_MOST_PENDING", 0)
     found = {
         precision: retrieval(
@@ -89,10 +95,45 @@ def test_crowded_tiles_turn_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         for precision in ("bf16", "fp32")
     }
-    assert used == [True, True, False, *([False] * 3)]
+    assert used == [torch.bfloat16, torch.bfloat16, torch.float32, *([torch.float32] * 3)]
     assert torch.equal(found["bf16"].first_hit_rank, found["fp32"].first_hit_rank)
     low, full = (found[precision].query_precision_at_k.nan_to_num(-1) for precision in ("bf16", "fp32"))
     assert torch.equal(low, full)
+
+
+def test_embeddings_all_alike_turn_to_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bound tells such pairs apart: one by one they would take hours for a test set."""
+    x, labels = trained(800, 1.0)
+    x = 1 + 1e-3 * x
+    for module in (counting, search, nearest_module):
+        monkeypatch.setattr(module, "BLOCK", 64)
+    for module in (counting, nearest_module):
+        monkeypatch.setattr(module, "CROWDED", 64)
+    monkeypatch.setattr(counting, "_MOST_PENDING", 0)
+    used, scored = [], []
+    tile, pairs = TileMaker.tile, counting.pair_scores
+    monkeypatch.setattr(TileMaker, "tile", lambda self, *given: used.append(given[2]) or tile(self, *given))
+    monkeypatch.setattr(counting, "pair_scores", lambda *given: scored.append(len(given[2])) or pairs(*given))
+    got = retrieval(x[:60], labels[:60], x[60:], labels[60:], ks=(1,), precision="fp32")
+    assert used[:4] == [torch.float32, torch.float32, torch.float64, torch.float64]
+    assert sum(scored) < 3 * 60 * 64
+    scores = all_scores(unit_vectors(x[:60]), unit_vectors(x[60:]))
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    hits = labels[60:][order] == labels[:60].unsqueeze(1)
+    assert torch.equal(got.first_hit_rank, torch.where(hits.any(1), hits.int().argmax(1) + 1, 0))
+    used.clear()
+    assert torch.equal(nearest(x[:60], x[60:], 3, precision="fp32")[1], order[:, :3])
+    assert used[-1] == torch.float64
+
+
+def test_equal_items_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them reach the k-th best score; only k of each query are kept."""
+    kept = []
+    settle = nearest_module._Pool._settle
+    monkeypatch.setattr(nearest_module._Pool, "_settle", lambda self: (settle(self), kept.append(len(self.query)))[0])
+    _, indices = nearest(torch.ones(200, 3), torch.ones(2 * BLOCK, 3), 5)
+    assert torch.equal(indices, torch.arange(5).expand(200, 5))
+    assert max(kept) <= 4 * 5 * 200 + nearest_module.CROWDED
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -105,3 +146,8 @@ def test_nearest_over_several_blocks(precision: str) -> None:
         got_scores, got = nearest(x[:50], x, k, precision=precision, memory_mb=8)
         assert torch.equal(got, order[:, :k])
         assert torch.equal(got_scores, scores[:, :k].float())
+
+
+def test_means_do_not_depend_on_the_order_of_summation() -> None:
+    """Torch adds up in as many parts as it has threads."""
+    assert _mean(torch.tensor([1e16, 1.0, -1e16, 1.0], dtype=torch.float64)) == 0.5

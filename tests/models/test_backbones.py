@@ -10,6 +10,7 @@ from torchvision.models import googlenet
 import gcahng.models.googlenet as googlenet_module
 from gcahng.errors import ConfigError, InputError
 from gcahng.models import Backbone, build_backbone
+from gcahng.models.build import needs_no_trust
 
 
 def test_timm_map_equals_timms_own_features():
@@ -205,3 +206,23 @@ def test_own_backbone_without_the_contract(own_module):
         build_backbone(f"{own_module}:Tiny", backbone_args={"size": 3})
     with pytest.raises(ConfigError, match=r"has no published weights"):
         build_backbone(f"{own_module}:Tiny", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "is_safe"),
+    [
+        ("small_conv", {"widths": [4, 8]}, True),
+        ("torchvision/googlenet", {}, True),
+        ("vit_tiny_patch16_224", {"img_size": 32, "dynamic_img_size": True, "drop_rate": 0.1}, True),
+        ("subprocess:run", {"args": "x"}, False),
+        ("nothing.of:this", {}, False),
+        ("hf-hub:someone/model", {}, False),
+        ("local-dir:folder", {}, False),
+        ("resnet18", {"checkpoint_path": "weights.pth"}, False),
+        ("resnet18", {"pretrained": True}, False),
+        ("resnet18", {"pretrained_cfg": {"file": "weights.pth"}}, False),
+        ("resnet18", {"sizes": [1, "weights.pth"]}, False),
+    ],
+)
+def test_what_needs_no_trust(name, arguments, is_safe):
+    assert needs_no_trust(name, arguments) is is_safe

@@ -1,6 +1,7 @@
 """Two finished runs, a baseline and GCA-HNG, on classes whose names are markup; shared by the tests of the report."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from report_cases import HOSTILE_CLASSES, HOSTILE_RUN
 from run_cases import convert_patterns, draw_patterns, train
 
+from gcahng.report import confusion, curves, gallery, hardness, variance
+from gcahng.report import map as maps
 from gcahng.report.build import build_report
 from gcahng.report.embedded import EmbeddedRuns, embed_runs
 from gcahng.report.run_data import RunData, read_run
@@ -45,6 +48,22 @@ def report_runs(run_folders: dict[str, Path]) -> Sequence[RunData]:
 def embedded_runs(report_runs: Sequence[RunData]) -> EmbeddedRuns:
     """Both runs, embedded."""
     return embed_runs(report_runs)
+
+
+@pytest.fixture(scope="session")
+def undrawn() -> Callable[[], AbstractContextManager[None]]:
+    """Within it the sections' pictures are empty files: for tests of what surrounds them."""
+
+    @contextmanager
+    def without_pictures() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (confusion, curves, hardness, maps, variance):
+                patch.setattr(module, "chart_png", lambda figure: b"")
+            patch.setattr(gallery, "comparison_png", lambda query, found: b"")
+            patch.setattr(confusion, "pairs_png", lambda pairs: b"")
+            yield
+
+    return without_pictures
 
 
 @pytest.fixture(scope="session")

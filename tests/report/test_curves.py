@@ -20,13 +20,12 @@ from gcahng.report.section import Figure
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Panel]:
-    """Panels by name, as they are drawn; they are drawn all the same."""
+    """Panels by name, in place of their pictures; drawn they are in the whole report."""
     seen: dict[str, Panel] = {}
-    original = curves.draw
 
     def record(panel: Panel) -> Figure:
         seen[panel.name] = panel
-        return original(panel)
+        return Figure(panel.name, b"", panel.title)
 
     monkeypatch.setattr(curves, "draw", record)
     return seen
@@ -50,6 +49,8 @@ def test_curves_are_the_log(report_runs: Sequence[RunData], drawn: dict[str, Pan
         assert loss.xs == [row["step"] for row in steps] and loss.ys == [row["metric_loss"] for row in steps]
         wait = by_run(drawn["curve-data-seconds"])[run.name]
         assert wait.ys == pytest.approx([1000 * row["data_seconds"] for row in steps], rel=1e-12)
+        ratio = by_run(drawn["curve-hard-negative-ratio"])[run.name]
+        assert ratio.ys == pytest.approx([100 * row["hard_negative_ratio"] for row in steps], rel=1e-12)
 
 
 def test_every_logged_loss_rate_and_metric_has_a_picture(
@@ -77,12 +78,11 @@ def run_of(rows: list[dict[str, Any]], template: RunData) -> RunData:
 def test_numbers_that_are_not_finite_are_gaps(report_runs: Sequence[RunData], drawn: dict[str, Panel]) -> None:
     values = [1.0, "nan", 3.0, "inf"]
     rows = [{"kind": "step", "step": i, "metric_loss": value} for i, value in enumerate(values)]
-    section = curves_section([run_of(rows, report_runs[0])])
-    assert section is not None
-    ys = by_run(drawn["curve-metric-loss"])["r"].ys
+    curves_section([run_of(rows, report_runs[0])])
+    panel = drawn["curve-metric-loss"]
+    ys = by_run(panel)["r"].ys
     assert ys[0] == 1 and math.isnan(ys[1]) and ys[2] == 3 and math.isinf(ys[3])
-    (figure,) = [part for part in section.parts if isinstance(part, Figure)]
-    assert figure.alt == "Metric loss over steps. Last values: r 3."
+    assert draw(panel).alt == "Metric loss over steps. Last values: r 3."
     rows = [{"kind": "step", "step": i, "metric_loss": "nan"} for i in range(3)]
     assert curves_section([run_of(rows, report_runs[0])]) is None
 
@@ -94,6 +94,21 @@ def test_validation_has_pictures_of_its_own(report_runs: Sequence[RunData], draw
     assert drawn["curve-test-map-r"].title == "MAP@R, test"
     assert by_run(drawn["curve-test-map-r"])["r"].ys == [25.0]
     assert by_run(drawn["curve-validation-map-r"])["r"].ys == [50.0]
+
+
+def test_every_metric_of_an_evaluation_has_a_picture(report_runs: Sequence[RunData], drawn: dict[str, Panel]) -> None:
+    row = {"kind": "evaluation", "step": 5, "epoch": 1, "split": "test", "r_precision": 0.2, "map_at_r": 0.1}
+    row |= {"precision_at_10": 0.3, "mrr": 0.4, "coarse_recall_at_3": 0.5}
+    run = report_runs[0]
+    config = replace(run.config, eval=replace(run.config.eval, coarse_label="chain_name"))
+    curves_section([replace(run_of([row], run), config=config)])
+    assert {panel.title: panel.curves[0].ys for panel in drawn.values()} == {
+        "MAP@R": [10.0],
+        "RP": [20.0],
+        "P@10": [30.0],
+        "MRR": [40.0],
+        "chain_name@3": [50.0],
+    }
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -120,6 +135,15 @@ def test_pictures_are_two_pixels_per_css_pixel_and_every_run_is_seen() -> None:
     legend = share_of(COLOURS[0], draw(replace(panel, curves=[Curve("a", [0.0], [1.0])], indices=[0])).png)
     assert share_of(COLOURS[0], alone.png) > shares[0] > legend
     assert draw(panel).png == figure.png
+
+
+def test_lines_that_lie_upon_one_another_are_all_seen() -> None:
+    xs = [float(x) for x in range(100)]
+    figure = draw(Panel("p", "t", "step", [Curve(name, xs, xs) for name in "abcd"], [0, 1, 2, 3]))
+    image = np.asarray(Image.open(io.BytesIO(figure.png)).convert("RGB")).astype(int)[240:]  # below the key
+    for index in range(4):
+        wanted = np.array([int(COLOURS[index][i : i + 2], 16) for i in (1, 3, 5)])
+        assert (np.abs(image - wanted).max(2) < 8).sum() > 300, index
 
 
 @pytest.mark.parametrize("name", ["$\\frac{1}{0}$", "<b>&", "_hidden", "line\nbreak\u202e", "x" * 300, "\u6f22\u5b57"])

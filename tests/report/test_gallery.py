@@ -1,12 +1,11 @@
 """The gallery: which queries, in which order, and that each neighbour stands with its own image, mark and score."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image, ImageChops
+from PIL import ImageChops
 
 from gcahng.report import gallery
 from gcahng.report.embedded import EmbeddedRuns
@@ -15,8 +14,9 @@ from gcahng.report.section import Figure, Section
 
 
 @pytest.fixture(scope="module")
-def section(report_runs, embedded_runs) -> Section:
-    made = gallery.gallery_section(report_runs, embedded_runs)
+def section(report_runs, embedded_runs, undrawn) -> Section:
+    with undrawn():
+        made = gallery.gallery_section(report_runs, embedded_runs)
     assert made is not None
     return made
 
@@ -97,12 +97,6 @@ def test_each_neighbour_has_its_own_image_mark_and_score(report_runs, embedded_r
         assert query.name in figure.alt and query.name in figure.caption
 
 
-def test_pictures_are_as_wide_as_the_page_asks(section) -> None:
-    for figure in section.parts:
-        with Image.open(io.BytesIO(figure.png)) as image:
-            assert image.width == 2 * figure.css_width == 760
-
-
 def test_one_run_alone_shows_eight_neighbours(report_runs, embedded_runs, monkeypatch) -> None:
     drawn = []
     monkeypatch.setattr(gallery, "comparison_png", lambda query, found: drawn.append(found) or b"")
@@ -121,8 +115,9 @@ def test_runs_that_are_not_shown_are_named(report_runs, embedded_runs, monkeypat
     assert section.intro.endswith("Not shown here: third.")
 
 
-def test_number_of_queries_is_kept(report_runs: Sequence[RunData], embedded_runs: EmbeddedRuns) -> None:
-    made = {n: gallery.gallery_section(report_runs, embedded_runs, num_queries=n) for n in (1, 2)}
+def test_number_of_queries_is_kept(report_runs: Sequence[RunData], embedded_runs: EmbeddedRuns, undrawn) -> None:
+    with undrawn():
+        made = {n: gallery.gallery_section(report_runs, embedded_runs, num_queries=n) for n in (1, 2)}
     for count, section in made.items():
         assert section is not None
         kinds = [part.name.split("-")[1] for part in section.parts if isinstance(part, Figure)]

@@ -1,14 +1,17 @@
 """Pictures of how hard the negatives were: from the rows of real runs, and where their marks stand."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gcahng.report.hardness import BEFORE, LEFT, POSITIVE, RIGHT, WIDTH, _recorded, hardness_section
+from gcahng.report.chart import RIGHT, WIDTH
+from gcahng.report.curves import _shown
+from gcahng.report.hardness import BEFORE, POSITIVE, RIDGE_LEFT, _recorded, hardness_section
 from gcahng.report.run_data import RunData
 from gcahng.report.section import Figure, Section
 
@@ -42,7 +45,6 @@ def test_every_run_shows_what_it_recorded(report_runs: Sequence[RunData]) -> Non
         "hardness-channel-spread",
         "hardness-pulled",
         "hardness-synthetic-own-class-share",
-        "hardness-hard-negative-ratio",
     ]
     for figure in found.values():
         image = Image.open(io.BytesIO(figure.png))
@@ -51,13 +53,21 @@ def test_every_run_shows_what_it_recorded(report_runs: Sequence[RunData]) -> Non
     for name in ("mean_d_positive", "mean_d_negative", "mean_d_synthetic"):
         assert f"{last[name]:.3g}" in found["hardness-distances-1"].alt
     baseline, hostile = (run.name for run in report_runs)
-    ratios = [100 * run.hardness[-1]["hard_negative_ratio"] for run in report_runs]
-    for name, ratio in zip((baseline, hostile), ratios, strict=True):
-        assert f"{name} {ratio:.3g}" in found["hardness-hard-negative-ratio"].alt.replace(".0", "")
-    assert baseline not in found["hardness-pulled"].alt and hostile in found["hardness-pulled"].alt
+    left = 100 * last["mean_d_synthetic"] / last["mean_d_negative"]
+    share = 100 * last["synthetic_own_class_share"]
+    for name, value in (("hardness-pulled", left), ("hardness-synthetic-own-class-share", share)):
+        assert found[name].alt.endswith(f"Last values: {hostile} {_shown(value)}.")
+        assert baseline not in found[name].alt
     assert section is not None and "Nothing was recorded" not in section.intro
 
 
+@pytest.fixture
+def no_pictures(undrawn: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    with undrawn():
+        yield
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_without_records_are_named_or_leave_nothing(report_runs: Sequence[RunData]) -> None:
     silent = replace(report_runs[0], name="silent", hardness=[])
     assert hardness_section([silent]) is None
@@ -67,10 +77,11 @@ def test_runs_without_records_are_named_or_leave_nothing(report_runs: Sequence[R
     assert "hardness-distances-1" in pictures(section) and "hardness-distances-0" not in pictures(section)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_one_record_is_drawn_without_time(report_runs: Sequence[RunData]) -> None:
     run = report_runs[1]
     names = pictures(hardness_section([replace(run, hardness=run.hardness[:1])]))
-    assert "hardness-distances-0" in names and "hardness-hard-negative-ratio" in names
+    assert "hardness-distances-0" in names and "hardness-pulled" in names
     assert not any("map" in name or name.startswith("hardness-coefficients") for name in names)
 
 
@@ -82,10 +93,11 @@ def test_rows_that_do_not_fit_the_newest_are_left_out(report_runs: Sequence[RunD
     assert recorded is not None and recorded.rows == run.hardness
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_mean_that_is_not_known_is_no_point(report_runs: Sequence[RunData]) -> None:
-    run = report_runs[0]
-    rows = [row | {"hard_negative_ratio": None} for row in run.hardness]
-    assert "hardness-hard-negative-ratio" not in pictures(hardness_section([replace(run, hardness=rows)]))
+    run = report_runs[1]
+    rows = [run.hardness[-1] | {"synthetic_own_class_share": None}]
+    assert "hardness-synthetic-own-class-share" not in pictures(hardness_section([replace(run, hardness=rows)]))
 
 
 def drawn(mean: float, counts: dict[int, int], positive: dict[int, int] | None = None) -> Figure:
@@ -111,10 +123,10 @@ def test_the_mark_of_positives_stands_at_their_mean(mean: float) -> None:
     # Bins 4 ... 9: distances of 1/4 to 16, each with more than what may be left out.
     figure = drawn(mean, dict.fromkeys(range(4, 10), 100))
     low, high = np.log(0.25 / 1.05), np.log(16 * 1.05)
-    left, width = 2 * 96 * 0.82, 2 * 96 * (WIDTH - 0.82 - RIGHT)
+    left, width = 2 * 96 * RIDGE_LEFT, 2 * 96 * (WIDTH - RIDGE_LEFT - RIGHT)
     want = left + width * (np.log(mean) - low) / (high - low)
     marks = columns_of_marks(figure)
-    assert abs(marks.mean() - want) < 2 and len(marks) < 10 and LEFT < 0.82
+    assert abs(marks.mean() - want) < 2 and len(marks) < 10
 
 
 def test_what_is_rare_does_not_widen_the_picture() -> None:
@@ -127,5 +139,5 @@ def test_the_hill_is_that_of_the_negatives() -> None:
     near, far = drawn(1.0, {4: 1000}, {9: 1000}), drawn(1.0, {9: 1000}, {4: 1000})
     # Both reach from 1/4 to 16; the hill is four fifths of that apart.
     apart = columns_of_marks(far, BEFORE).mean() - columns_of_marks(near, BEFORE).mean()
-    width = 2 * 96 * (WIDTH - 0.82 - RIGHT)
+    width = 2 * 96 * (WIDTH - RIDGE_LEFT - RIGHT)
     assert 0.5 * width < apart < 0.9 * width

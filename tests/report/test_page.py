@@ -23,7 +23,7 @@ from gcahng.report.section import Figure, Section, Table
 from launch import report as command
 from launch.cli import run
 
-HOSTILE = "</title></style><script>alert('1')</script> \"quoted\" & {{ 7 * 7 }} {% raw %}"
+HOSTILE = "</title></style><script>alert('1')</script> \"quoted\" & {{ 1234 * 5678 }} {% raw %}"
 
 
 class Parsed(HTMLParser):
@@ -72,6 +72,7 @@ def test_page_holds_every_picture_and_asks_for_nothing_else(report_page: Path) -
         assert image["alt"] and image["decoding"] == "async"
         with Image.open(io.BytesIO(base64.b64decode((image["src"] or "").removeprefix(prefix)))) as content:
             ratio = content.height / content.width
+            assert content.width == 2 * int(image["width"] or 0) == 760
         assert int(image["height"] or 0) == pytest.approx(int(image["width"] or 0) * ratio, abs=0.51)
     tags = {name for name, _ in page.tags}
     assert not tags & {"script", "iframe", "object", "embed", "form", "base", "svg", "video"}
@@ -106,6 +107,17 @@ def test_contents_lead_to_every_section(report_page: Path) -> None:
     assert len(set(identifiers)) == len(identifiers)
 
 
+def test_letters_that_would_turn_or_break_the_page_are_replaced(report_runs: Sequence[RunData], tmp_path: Path) -> None:
+    """A mark of direction, a control character, and half a pair: what a folder's name of other bytes is read as."""
+    name = "a\u202eb\x07c\udce9d \u0905\u200d\u5b57\u00e9"
+    run = replace(report_runs[0], name=name, folder=Path(f"/runs/{name}"))
+    table = Table([name], [[name]], caption=name)
+    page = parsed(write_report([run], tmp_path, [section(Figure("picture", png(), alt=name, caption=name), table)]))
+    shown = "a\ufffdb\ufffdc\ufffdd \u0905\u200d\u5b57\u00e9"
+    assert page.text.count(shown) == 8 and page.all("img")[0]["alt"] == shown
+    assert not {"\u202e", "\x07"} & set(page.text)
+
+
 def test_whatever_is_shown_is_escaped(report_runs: Sequence[RunData], tmp_path: Path) -> None:
     hostile = replace(report_runs[0], name=HOSTILE)
     parts = [
@@ -117,14 +129,14 @@ def test_whatever_is_shown_is_escaped(report_runs: Sequence[RunData], tmp_path: 
     assert page.all("img")[0]["alt"] == HOSTILE
     # Page title, heading, card, contents, section title and intro; picture's caption; table's caption, head, two cells.
     assert page.text.count(HOSTILE) == 11
-    assert "49" not in page.text
+    assert str(1234 * 5678) not in page.text
 
 
 def test_folders_and_settings_are_escaped(report_runs: Sequence[RunData], tmp_path: Path) -> None:
     config = report_runs[0].config
     config = replace(config, data=replace(config.data, dir=f"data/{HOSTILE}"))
     config = replace(config, loss=replace(config.loss, metric=f"own.{HOSTILE}"))
-    hostile = replace(report_runs[0], config=config, folder=tmp_path / HOSTILE)
+    hostile = replace(report_runs[0], config=config, folder=tmp_path / HOSTILE, rows=[], hardness=[])
     page = parsed(build_report([hostile], tmp_path, embeddings=False))
     assert not page.all("script")
     assert page.text.count(HOSTILE) >= 4
@@ -194,12 +206,20 @@ def test_a_file_in_the_way_is_told(report_runs: Sequence[RunData], tmp_path: Pat
     assert (tmp_path / "file").read_text() == "x"
 
 
+def shortened(run: Path, folder: Path) -> Path:
+    """A copy of a run that logged its evaluations and one record of hardness: few pictures."""
+    shutil.copytree(run, folder, symlinks=True)
+    for name, kept in (("metrics.jsonl", '"kind": "evaluation"'), ("hardness.jsonl", '"step": 1,')):
+        lines = (run / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join(line for line in lines if kept in line))
+    return folder
+
+
 def test_without_its_data_a_run_still_has_a_page(
     run_folders: dict[str, Path], hostile_shards: Path, tmp_path: Path
 ) -> None:
     """The data folder is gone: results and curves are there, and why nothing else is."""
-    folder = tmp_path / "moved"
-    shutil.copytree(run_folders["gca_hng"], folder, symlinks=True)
+    folder = shortened(run_folders["gca_hng"], tmp_path / "moved")
     for config in (folder / "config.yaml", *folder.glob("step-*/config.yaml")):
         config.write_text(config.read_text().replace(str(hostile_shards), str(tmp_path / "gone")))
     page = parsed(build_report([read_run(folder, "moved")], tmp_path / "out"))
@@ -273,7 +293,8 @@ def test_command_line(
     launch: Launch, run_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert launch(*run_folders.values(), "--out", out, "--no-embeddings", "--names", "A", "B <i>") == 0
+    folders = [shortened(folder, tmp_path / name) for name, folder in run_folders.items()]
+    assert launch(*folders, "--out", out, "--no-embeddings", "--names", "A", "B <i>") == 0
     assert capsys.readouterr().out == f"{out / 'report.html'}\n"
     page = parsed(out / "report.html")
     assert [s["id"] for s in page.all("section")] == ["results", "curves", "hardness"]

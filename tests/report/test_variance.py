@@ -108,4 +108,5 @@ def test_the_section_shows_the_evaluated_images_of_each_run(report_runs: Sequenc
         numbers = [float(features.mean()), total, over, float(features.mean(0).var(correction=0))]
         assert [float(text) for text in row[4:]] == pytest.approx(numbers, rel=6e-3)
         assert row[5] in figure.alt
+    assert "How it computes a variance it does not say" in section.intro
     assert np.isclose(sum(float(text) for text in table.rows[0][6:]), float(table.rows[0][5]), rtol=2e-2)

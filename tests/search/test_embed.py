@@ -323,6 +323,8 @@ def test_what_cannot_be_written_is_refused_before_anything_is_read(
         (IndexTarget(tmp_path / "none" / "index"), "the folder .*none does not exist"),
         (IndexTarget(tmp_path / "folder", overwrite=True), "exists and is no index: it is not replaced"),
         (IndexTarget(tmp_path / "file", overwrite=True), "exists and is no index"),
+        (IndexTarget(Path(".")), "`--out` .: expected the name of a folder"),
+        (IndexTarget(tmp_path / ".."), "expected the name of a folder"),
         (IndexTarget(tmp_path / "index", "csv"), "`--format` must be one of npy, parquet, got 'csv'"),
         (IndexTarget(tmp_path / "index", part_images=0), "`--part-images` must be at least 1"),
     ]

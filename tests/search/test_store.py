@@ -105,7 +105,7 @@ def header(shape: tuple[int, ...]) -> bytes:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no index.json": (lambda f: (f / "index.json").unlink(), "index.json cannot be read"),
+    "no index.json": (lambda f: (f / "index.json").unlink(), "got a folder without index.json"),
     "no JSON": (lambda f: (f / "index.json").write_text("{"), "is not readable JSON"),
     "deep JSON": (lambda f: (f / "index.json").write_text("[" * 100_000), "is not readable JSON"),
     "a list": (lambda f: (f / "index.json").write_text("[]"), "expected a JSON object, got list"),
@@ -263,4 +263,5 @@ def test_memory_is_bounded_by_parts_and_blocks(tmp_path: Path, layout: str) -> N
     sums: list[float] = []
     assert peak_of(lambda: sums.extend(float(block.sum()) for _, block in store.blocks(2 << 20))) < size // 2
     assert len(sums) == 24
-    assert peak_of(lambda: store.embeddings().sum()) > size * 0.7, "the measure would not see a whole store"
+    # Beyond the largest block that an allocator keeps, so it is new memory whatever was freed before.
+    assert peak_of(lambda: np.ones(size, dtype=np.uint8)) > size * 0.9, "the measure would not see a whole store"

@@ -84,6 +84,21 @@ def test_released_values(name):
     assert config.eval.protocol == ("query_gallery" if data == "inshop" else "self")
 
 
+def test_hotels_search_the_training_images_by_hotel_and_chain():
+    """As the authors of the data set evaluate; the rest is that of Stanford Online Products."""
+    config, products = load("hotel50k_resnet50"), load("sop_resnet50")
+    found = config.eval
+    assert (found.protocol, found.split, found.gallery_split, found.ks) == (
+        "query_gallery",
+        "test",
+        "train",
+        (1, 10, 100),
+    )
+    assert (found.coarse_label, found.coarse_ks) == ("chain_name", (1, 3, 5))
+    for section in ("model", "batch", "graph", "generation", "loss", "optim", "train"):
+        assert getattr(config, section) == getattr(products, section)
+
+
 # One build per backbone; the twelve files differ in other values only (see above).
 @pytest.mark.parametrize(
     ("name", "arguments", "size"),

@@ -4,7 +4,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ from run_cases import read_metrics, with_overrides
 from gcahng.data.shards.manifest import Manifest
 from gcahng.data.shards.reader import ShardSet
 from gcahng.data.shards.writer import Sample, ShardWriter
+from gcahng.data.sources import glyphs
+from gcahng.data.sources.glyph_fonts import matplotlib_fonts
 from gcahng.errors import ConfigError, DataError, InputError, TrainingError
-from gcahng.training import neighbours
 from gcahng.training.demo import SYSTEMS, DemoPaths, demo_table, prepare_data, run_demo
-from gcahng.training.neighbours import draw_neighbours
-from gcahng.training.pictures import Neighbour, Query
 from launch import demo as command
 from launch.cli import run
 
@@ -39,6 +38,17 @@ TINY = (
     "data.num_workers=0",
 )
 DRAWING = "Drawing 16 characters and writing tar shards to"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_fonts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Characters are drawn in matplotlib's smallest faces: reading all of them takes seconds."""
+    folder = tmp_path_factory.mktemp("fonts")
+    for face in ("cmb10", "cmmi10", "cmr10", "cmss10", "cmtt10"):
+        (folder / f"{face}.ttf").symlink_to(matplotlib_fonts() / f"{face}.ttf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glyphs, "matplotlib_fonts", lambda: folder)
+        yield
 
 
 def write_set(folder: Path, source: str, extra: dict[str, Any]) -> Path:
@@ -78,11 +88,18 @@ def run_command(paths: DemoPaths, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> FinishedDemo:
-    """A run where characters of other options lie, below a folder whose name YAML would read otherwise."""
+    """A run where characters of other options and a run of another time lie.
+
+    The folder's name would be read otherwise by YAML.
+    """
     folder = tmp_path_factory.mktemp("demo") / "no: é, #1"
     paths = DemoPaths(CONFIG, TRAIN, folder / "data", folder / "runs")
     options = {"classes": 2, "size": 32, "min_faces": 2, "test_share": 0.5, "identical": "drop"}
     write_set(paths.data, "glyphs", {"options": options})
+    earlier = paths.runs / f"seed-{SEED}" / "baseline"
+    (earlier / "step-9").mkdir(parents=True)
+    (earlier / "last").symlink_to("step-9")
+    (earlier / "metrics.jsonl").write_text('{"kind": "step", "step": 9, "epoch": 4}\n')
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", printed)
@@ -173,19 +190,17 @@ def test_data_set_of_other_options_was_replaced(demo: FinishedDemo) -> None:
     assert manifest.splits["test"]["classes"] == NUM_CLASSES // 2
 
 
-def test_runs_again_on_the_same_data(
-    demo: FinishedDemo, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_set_of_the_same_options_is_kept(demo: FinishedDemo, capsys: pytest.CaptureFixture[str]) -> None:
     before = (demo.paths.data / "manifest.json").stat().st_mtime_ns
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    results = run_demo(demo.paths, SEED, TINY, num_classes=NUM_CLASSES)
-    out = capsys.readouterr().out
-    assert "characters and writing" not in out
+    prepare_data(demo.paths.data, NUM_CLASSES)
+    assert capsys.readouterr().out == ""
     assert (demo.paths.data / "manifest.json").stat().st_mtime_ns == before
-    assert json.loads((demo.run_dir("gca_hng") / "results.json").read_text()) == results["gca_hng"]
-    # All but time and memory is the same once more.
-    for title, numbers in table_rows(demo.out).items():
-        assert table_rows(out)[title][:3] == numbers[:3]
+
+
+def test_an_earlier_run_was_replaced(demo: FinishedDemo) -> None:
+    rows = read_metrics(demo.run_dir("baseline"))
+    assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2]
+    assert demo.run_dir("baseline").joinpath("last").resolve().name == "step-2"
 
 
 def test_another_data_set_is_not_replaced(tmp_path: Path) -> None:
@@ -256,56 +271,12 @@ def test_refuses_before_it_writes(tmp_path: Path) -> None:
 
 
 def test_a_failed_run_is_told(demo: FinishedDemo, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    paths = DemoPaths(CONFIG, TRAIN, demo.paths.data, tmp_path)
+    fails = tmp_path / "fails.py"
+    fails.write_text("import sys\nprint('error: no', file=sys.stderr)\nsys.exit(2)\n")
+    paths = DemoPaths(CONFIG, fails, demo.paths.data, tmp_path)
     with pytest.raises(TrainingError, match=r"Training into .*seed-0/baseline failed with status 2; its message"):
-        run_demo(paths, 0, (*TINY, "batch.num_classes=9"), num_classes=NUM_CLASSES)
-    assert "error: `batch.num_classes` must not exceed the training classes" in capfd.readouterr().err
-
-
-Captured = tuple[list[Query], list[list[Neighbour]]]
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Captured]:
-    """What was given to the picture, which is drawn all the same."""
-    calls: list[Captured] = []
-    original = neighbours.neighbour_picture
-
-    def record(path: Path, queries: list[Query], ranked: list[list[Neighbour]], title: str) -> Path:
-        calls.append((queries, ranked))
-        return original(path, queries, ranked, title)
-
-    monkeypatch.setattr(neighbours, "neighbour_picture", record)
-    return lambda: calls[-1]
-
-
-def test_neighbours_are_of_the_test_split_and_marked_by_class(
-    demo: FinishedDemo, tmp_path: Path, drawn: Callable[[], Captured]
-) -> None:
-    checkpoint = demo.run_dir("gca_hng") / "last"
-    path = draw_neighbours(checkpoint, tmp_path / "some.png", title="t", num_worst=2, num_typical=1, num_neighbours=3)
-    assert path == tmp_path / "some.png" and path.is_file()
-    queries, ranked = drawn()
-    shards = ShardSet.open(demo.paths.data)
-    test_names = {info.name for info in shards.classes if info.split == "test"}
-    assert [query.note for query in queries] == ["worst", "worst", "typical"]
-    assert [len(row) for row in ranked] == [3, 3, 3]
-    for query, row in zip(queries, ranked, strict=True):
-        assert query.image.mode == "RGB" and query.image.size == (32, 32)
-        assert {query.name} | {item.name for item in row} <= test_names
-        assert all(item.is_right == (item.name == query.name) for item in row)
-        scores = [item.score for item in row]
-        assert scores == sorted(scores, reverse=True) and all(-1.001 <= score <= 1.001 for score in scores)
-        assert all(item.image.tobytes() != query.image.tobytes() for item in row)
-
-
-def test_neighbours_of_a_small_split_are_all_the_others(
-    demo: FinishedDemo, tmp_path: Path, drawn: Callable[[], Captured]
-) -> None:
-    checkpoint = demo.run_dir("baseline") / "last"
-    draw_neighbours(checkpoint, tmp_path / "all.png", title="t", num_worst=1, num_typical=0, num_neighbours=500)
-    images = Manifest.load(demo.paths.data).splits["test"]["images"]
-    assert [len(row) for row in drawn()[1]] == [images - 1]
+        run_demo(paths, 0, TINY, num_classes=NUM_CLASSES)
+    assert "error: no" in capfd.readouterr().err
 
 
 def test_help_explains_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,16 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 from hotel_cases import CHAINS, write_hotels
+from official_layouts import write_hotels as write_official_hotels
+from official_layouts import write_inshop
 from run_cases import make_config, make_trainer, read_metrics
 from tar_cases import picture, write_tar
 
+from gcahng.data.conversion.convert import convert
 from gcahng.data.shards.reader import ShardSet
+from gcahng.data.sources.hotel50k import Hotel50K
+from gcahng.data.sources.inshop import InShop
 from gcahng.distributed import ONE
 from gcahng.errors import ConfigError, DataError
 from gcahng.metrics import retrieval
 from gcahng.metrics.per_class import per_class
 from gcahng.models import Embedder
-from gcahng.training.config import EvalConfig
+from gcahng.training.config import EvalConfig, load_config
 from gcahng.training.evaluate_checkpoint import embedding_settings
 from gcahng.training.evaluation import TarSets, as_row, check_evaluation, embed_rows, evaluate, evaluate_tars
 from gcahng.training.evaluation_report import full_report, summary_lines
@@ -103,6 +108,27 @@ def test_a_distractor_has_no_coarser_label() -> None:
     config = EvalConfig(protocol="query_gallery", ks=(1,), coarse_ks=(1, 2))
     _, coarse = search_sets(query, {"g": gallery}, [stranger], config, device=CPU, ranks=ONE)
     assert coarse["g"].recall_at_k == {1: 0, 2: 1} and coarse["g"].num_queries == 1
+
+
+def test_the_evaluations_of_in_shop_and_hotels_fit_their_conversions(model, settings, tmp_path) -> None:
+    """What the experiment files ask for is what the converted official layouts have."""
+    configs = Path(__file__).parents[2] / "configs"
+    write_inshop(tmp_path / "In-shop" / "img", tmp_path / "In-shop" / "Eval")
+    convert(InShop(tmp_path / "In-shop"), tmp_path / "inshop", allow_mismatch=True)
+    config = replace(load_config(configs / "inshop_resnet50.yaml").eval, ks=(1,))
+    shards = ShardSet.open(tmp_path / "inshop")
+    check_evaluation(shards, config)
+    found = evaluate(model, shards, config, settings).result
+    assert found.num_references.tolist() == [2, 2] and found.num_without_reference == 0
+    write_official_hotels(tmp_path / "Hotels-50K", {1: 3, 2: 2, 3: 2}, {1: 2, 2: 1})
+    convert(Hotel50K(tmp_path / "Hotels-50K"), tmp_path / "hotels")
+    config = replace(load_config(configs / "hotel50k_resnet50.yaml").eval, ks=(1, 7))
+    shards = ShardSet.open(tmp_path / "hotels")
+    check_evaluation(shards, config)
+    row = as_row(evaluate(model, shards, config, settings))
+    assert (row["num_queries"], row["num_without_reference"], row["recall_at_7"]) == (3, 0, 1)
+    assert row["num_coarse_queries"] == 2, "hotel 2 is of no chain"
+    assert row["coarse_recall_at_5"] == 1 and "coarse_recall_at_3" in row
 
 
 def test_several_galleries_are_searched_alone(hotels, model, settings) -> None:

@@ -1,8 +1,10 @@
 """Plain tars give the metrics of the same images in a shard folder; embeddings as a file."""
 
+import errno
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from gcahng.data.shards.writer import Sample, ShardWriter
 from gcahng.errors import ConfigError, DataError, TrainingError
 from gcahng.metrics import retrieval
 from gcahng.models import Embedder
+from gcahng.training import evaluation
 from gcahng.training.config import EvalConfig
 from gcahng.training.embedding import embed_tars
 from gcahng.training.evaluate_checkpoint import embedding_settings, evaluate_checkpoint, load_metric_model
@@ -125,16 +128,9 @@ def test_tars_search_other_tars(shard_set, shuffled, model, settings, tmp_path) 
         assert got_names == [shard_set.classes[i].name for i in shard_set.class_ids(rows).tolist()]
 
 
-@pytest.mark.parametrize(
-    ("gallery", "config", "message"),
-    [
-        (None, QUERY_GALLERY, "`eval.protocol` is query_gallery: expected a gallery .--gallery-tars. beside the tars"),
-        (["g"], EvalConfig(), "`eval.protocol` is self: expected no gallery beside the tars"),
-    ],
-)
-def test_protocol_and_tars_must_agree(model, settings, gallery, config: EvalConfig, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        evaluate_tars(model, TarSets(["q"], gallery), config, settings)
+def test_a_protocol_with_a_gallery_asks_for_one(model, settings) -> None:
+    with pytest.raises(ConfigError, match="is query_gallery: expected a gallery .--gallery-tars. beside the tars"):
+        evaluate_tars(model, TarSets(["q"]), QUERY_GALLERY, settings)
 
 
 def tar_of(path: Path, labels: list[bytes]) -> str:
@@ -235,12 +231,30 @@ def test_a_file_that_cannot_be_saved_is_refused_first(shard_set, model, settings
             evaluate(model, shard_set, EvalConfig(), settings, save_to=path)
         with pytest.raises(ConfigError, match=f"`--save-embeddings` {path}: {message}"):
             evaluate_tars(model, TarSets(["x"]), EvalConfig(), settings, save_to=path)
+    (tmp_path / "query.tar").touch()
     with pytest.raises(DataError, match="No file matches"):
-        evaluate_tars(model, TarSets(["x"], [f"{tmp_path}/*.tar"]), QUERY_GALLERY, settings)
+        evaluate_tars(model, TarSets([tmp_path / "query.tar"], [f"{tmp_path}/no*.tar"]), QUERY_GALLERY, settings)
 
 
-def test_a_save_that_fails_leaves_nothing(shard_set, model, settings, tmp_path) -> None:
-    (tmp_path / "a.npz").mkdir()
-    with pytest.raises(ConfigError, match="`--save-embeddings` .*a.npz cannot be written .Is a directory"):
+def test_embeddings_are_saved_before_they_are_searched(shard_set, model, settings, tmp_path, monkeypatch) -> None:
+    """What took hours is not lost where the search runs out of memory."""
+
+    def out_of_memory(*arguments: Any, **options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(evaluation, "search_sets", out_of_memory)
+    with pytest.raises(MemoryError):
         evaluate(model, shard_set, EvalConfig(), settings, save_to=tmp_path / "a.npz")
-    assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
+    assert len(arrays(tmp_path / "a.npz")["embeddings"]) == len(shard_set.split_samples("test"))
+
+
+def test_a_save_that_fails_leaves_what_was_there(shard_set, model, settings, tmp_path, monkeypatch) -> None:
+    def full_disk(file: Any, **arrays: Any) -> None:
+        file.write(b"some")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full_disk)
+    (tmp_path / "a.npz").write_bytes(b"earlier")
+    with pytest.raises(ConfigError, match="`--save-embeddings` .*a.npz cannot be written .No space left on device"):
+        evaluate(model, shard_set, EvalConfig(), settings, save_to=tmp_path / "a.npz")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a.npz", b"earlier")]

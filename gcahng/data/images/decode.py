@@ -17,7 +17,7 @@ MAX_PIXELS = 50_000_000
 _REPAIR = "Replace the file and convert again, or let unreadable images be skipped."
 
 
-def decode_image(content: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(content: bytes, *, name: str, max_pixels: int = MAX_PIXELS, repair: str = _REPAIR) -> Image.Image:
     """Decode an image.
 
     Transparent pixels are put on white, 16-bit grey keeps its upper 8 bits, of an animation the
@@ -28,6 +28,7 @@ def decode_image(content: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> 
         content: The encoded file.
         name: What the error calls the image, such as its shard and key.
         max_pixels: Width x height above which an image is refused before its pixels are decoded.
+        repair: What the error advises.
     Returns:
         Image of mode RGB, loaded.
     Raises:
@@ -36,22 +37,22 @@ def decode_image(content: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> 
     try:
         image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{name} has too many pixels ({error}). {_REPAIR}") from None
+        raise DataError(f"{name} has too many pixels ({error}). {repair}") from None
     except Exception:  # decoders raise what they please on damaged headers
         raise DataError(
             f"{name} is no image: expected {', '.join(FORMATS)}, got {len(content)} bytes that "
-            f"begin with {content[:8]!r}. {_REPAIR}"
+            f"begin with {content[:8]!r}. {repair}"
         ) from None
     if image.width * image.height > max_pixels:
         raise DataError(
-            f"{name} has too many pixels: expected at most {max_pixels}, got {image.width} x {image.height}. {_REPAIR}"
+            f"{name} has too many pixels: expected at most {max_pixels}, got {image.width} x {image.height}. {repair}"
         )
     try:
         image.load()
         return _to_rgb(image)
     except Exception as error:  # OSError, SyntaxError, zlib.error, struct.error, ...
         raise DataError(
-            f"{name} cannot be decoded as {image.format}, {len(content)} bytes ({error}). {_REPAIR}"
+            f"{name} cannot be decoded as {image.format}, {len(content)} bytes ({error}). {repair}"
         ) from None
 
 

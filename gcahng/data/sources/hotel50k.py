@@ -83,7 +83,8 @@ class Hotel50K:
         hotels: dict[str, dict[str, str]] = {}
         for _, (hotel_id, hotel_name, chain_id, *_position) in _read_csv(path, _HOTEL_COLUMNS):
             columns = {"hotel_name": hotel_name, "chain_id": chain_id}
-            if chain_id in chains:  # hotels of no chain have a chain id without name
+            # Hotels of no known chain: a negative id, which the authors leave out too, or one without name.
+            if chain_id in chains and not chain_id.startswith("-"):
                 columns["chain_name"] = chains[chain_id]
             hotels[hotel_id] = columns
         return hotels

@@ -44,6 +44,21 @@ def test_hotels_and_chains(root: Path) -> None:
     assert listing.extra["listed"] == {"train": {"classes": 3, "images": 7}, "test": {"classes": 2, "images": 3}}
 
 
+def test_an_unknown_chain_is_no_chain(root: Path) -> None:
+    """The authors' evaluation leaves hotels with a negative chain id out, whatever it is called."""
+    tables = root / "input/dataset"
+    with (tables / "chain_info.csv").open("a") as file:
+        file.write("-1,unknown\n0,Zero\n")
+    hotels = (tables / "hotel_info.csv").read_text(encoding="utf-8")
+    (tables / "hotel_info.csv").write_text(hotels.replace('3",7,', '3",-1,'), "utf-8")
+    (root / "images/train/7/3").rename(root / "images/train/-1-3")
+    (root / "images/train/-1").mkdir()
+    (root / "images/train/-1-3").rename(root / "images/train/-1/3")
+    columns = Hotel50K(root).listing().class_columns
+    assert columns["3"] == {"hotel_name": "Hôtel n° 3", "chain_id": "-1"}
+    assert (columns["1"]["chain_name"], columns["2"]["chain_name"]) == ("Seven, and Sons", "Zero")
+
+
 @pytest.mark.parametrize("folder", ["dataset", "input", "."])
 def test_tables_elsewhere(root: Path, folder: str) -> None:
     before = Hotel50K(root).listing()
