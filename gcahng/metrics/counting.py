@@ -23,7 +23,7 @@ from gcahng.metrics.unit_vectors import pair_scores
 # next has few candidates.
 FIRST_SLICES = (0, 128, 256, 512, 1024, BLOCK)
 # Candidates that are collected before they are looked at: many at once use all threads.
-_MOST_PENDING = 1 << 17
+_MOST_PENDING = 1 << 14
 # Open pairs of a tile from which on finer tiles cost less than scoring so many one by one.
 CROWDED = BLOCK * BLOCK // 256
 _GROUP = 8

@@ -18,7 +18,7 @@ UNRANKED = 2**62
 _LARGE_CLASS = 64
 _ENTRIES_AT_ONCE = 1 << 22
 # Rank up to which listing what is ahead of a first reference costs less than comparing it with the whole gallery.
-_FIRST_DEPTH = 512
+_FIRST_DEPTH = 128
 
 
 def counts_to_offsets(counts: Tensor) -> Tensor:
