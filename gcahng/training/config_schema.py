@@ -175,6 +175,8 @@ class GenerationConfig:
     """Trust: J_syn is weighted 1 - exp(-beta / mean generation loss of last epoch)."""
     coefficients: Literal["channel", "single"] = "channel"
     """One pull coefficient per channel from the graph network, or one for all from alpha alone."""
+    fusion: Literal["mix", "pick"] = "mix"
+    """One negative per class from its K interpolations: mixed at random (random weighting), or one picked at random."""
     normalised_distance: bool = False
     """Measure anchor distances on L2-normalised embeddings (the paper) or on z (released code)."""
     weights: GenerationWeights = field(default_factory=GenerationWeights)
@@ -185,9 +187,15 @@ class LossConfig:
     """The metric loss J_m."""
 
     metric: str = "n_pair_plus"
-    """`n_pair`, `n_pair_plus`, `proxy_anchor`, or the dotted path of an own loss."""
+    """`n_pair`, `n_pair_plus`, `proxy_anchor`, `hn`, `shn`, `sct`, a loss of pytorch-metric-learning
+    (`pml.MultiSimilarityLoss`), or the dotted path of an own loss."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the loss (e.g. `scale: 32`)."""
+    miner: str | None = None
+    """A miner of pytorch-metric-learning (`pml.MultiSimilarityMiner`) or the dotted path of an own one, for losses
+    `pml.*`: it chooses pairs or triplets of the global batch."""
+    miner_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the miner (e.g. `epsilon: 0.1`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """From a configuration to the trained parts, their optimisers, and the step."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,27 +10,21 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from gcahng.components import load_component
 from gcahng.data.ranks import rank_sizes
 from gcahng.distributed.shard_states import check_by_entry, is_sharded
 from gcahng.errors import ConfigError
 from gcahng.graph import GraphNetwork
-from gcahng.losses import NPairLoss, NPairPlusLoss, ProxyAnchorLoss
 from gcahng.models import Embedder, build_embedder
 from gcahng.random import stream_key
 from gcahng.training.backend import Backend
-from gcahng.training.config import Config, LossConfig, ModelConfig
+from gcahng.training.config import Config, ModelConfig
 from gcahng.training.launched import Launched
 from gcahng.training.make_backend import make_backend
+from gcahng.training.metric_losses import build_metric_loss
 from gcahng.training.optimizers import PassGate, build_optimizer, build_schedule
 from gcahng.training.sharded_parts import NODE_CLASSIFIER
 from gcahng.training.step import StepSettings, TrainingStep
 
-_LOSSES: dict[str, Callable[..., nn.Module]] = {
-    "n_pair": NPairLoss,
-    "n_pair_plus": NPairPlusLoss,
-    "proxy_anchor": ProxyAnchorLoss,
-}
 # The part of `optim` that moves each part of the run.
 OPTIMIZER_OF = {
     "metric_model": "metric_model",
@@ -86,30 +79,6 @@ def build_metric_model(config: ModelConfig, *, load_weights: bool = True) -> Emb
         freeze_batch_norm=config.freeze_batch_norm,
         freeze_patch_embed=config.freeze_patch_embed,
     )
-
-
-def build_metric_loss(config: LossConfig, num_classes: int, embedding_dim: int) -> nn.Module:
-    """The metric loss; N and D are passed to losses whose constructor asks for them by name.
-
-    Raises:
-        ConfigError: The loss refuses its arguments, or a dotted path does not load.
-    """
-    factory = _LOSSES.get(config.metric) or load_component(config.metric)
-    known = {"num_classes": num_classes, "embedding_dim": embedding_dim}
-    try:
-        wanted = inspect.signature(factory).parameters
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"`loss.metric` must name a class or a function: `{config.metric}` is no such ({error})."
-        ) from error
-    arguments = {name: value for name, value in known.items() if name in wanted} | config.args
-    try:
-        loss = factory(**arguments)
-    except TypeError as error:
-        raise ConfigError(f"`loss.args` do not fit loss.metric `{config.metric}`: {error}.") from error
-    if not isinstance(loss, nn.Module):
-        raise ConfigError(f"`loss.metric` must make a torch.nn.Module: `{config.metric}` made {type(loss).__name__}.")
-    return loss
 
 
 def _seeded(seed: int, name: str, make: Callable[[], nn.Module]) -> nn.Module:

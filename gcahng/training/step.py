@@ -196,8 +196,8 @@ class TrainingStep:
         mixing: Mapping[str, Tensor] | None,
     ) -> dict[str, Tensor]:
         with self._drawing_alike(z.device, step):
-            metric_loss = self._metric_loss(z, labels)
-        report = {"metric_loss": metric_loss}
+            metric_loss, measured = self._metric_loss(z, labels)
+        report = {"metric_loss": metric_loss} | measured
         synthesis = self._synthesis(z, rule, step, METRIC, mixing) if self.settings.generate else None
         if self.has_graph:
             report |= self.backend.run(
@@ -273,16 +273,21 @@ class TrainingStep:
         low = self.backend.matmul_dtype
         return neighbour_plan(z.detach(), num_samples, neighbours, low=low, share=self.ranks.share)
 
-    def _metric_loss(self, z: Tensor, labels: Tensor) -> Tensor:
-        known: dict[str, BatchLayout] = {}
-        takes_layout = "layout" in inspect.signature(self.backend.module("metric_loss").forward).parameters
-        if takes_layout and self.backend.checks.gate is not None:
+    def _metric_loss(self, z: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """J_m, and what else the loss has measured of the batch."""
+        loss = self.backend.module("metric_loss")
+        known: dict[str, Any] = {}
+        takes = inspect.signature(loss.forward).parameters
+        if "layout" in takes and self.backend.checks.gate is not None:
             # The loss would look at z and labels again, and wait for them.
             num_samples = self.settings.num_samples
             num_classes = labels.numel() // num_samples
             order = torch.arange(labels.numel(), device=labels.device)
             known["layout"] = BatchLayout(num_classes, num_samples, order, labels[:num_classes])
-        return cast(Tensor, self.backend.forward("metric_loss", z, labels, **known))
+        if "share" in takes:  # each rank its anchors
+            known |= {"share": self.ranks.share, "reduce": self.ranks.sum}
+        value = cast(Tensor, self.backend.forward("metric_loss", z, labels, **known))
+        return value, dict(getattr(loss, "measured", {}))
 
     @contextmanager
     def _drawing_alike(self, device: torch.device, step: int) -> Iterator[None]:

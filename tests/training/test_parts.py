@@ -14,9 +14,9 @@ from torch import nn
 from gcahng.errors import ConfigError
 from gcahng.losses import NPairLoss, NPairPlusLoss, ProxyAnchorLoss
 from gcahng.training.config import Config, LossConfig
+from gcahng.training.metric_losses import build_metric_loss
 from gcahng.training.parts import (
     RunParts,
-    build_metric_loss,
     build_metric_model,
     build_modules,
     build_parts,

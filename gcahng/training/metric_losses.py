@@ -1,0 +1,41 @@
+"""The metric loss J_m that a configuration names."""
+
+import inspect
+from collections.abc import Callable
+
+from torch import nn
+
+from gcahng.components import load_component
+from gcahng.errors import ConfigError
+from gcahng.losses import NPairLoss, NPairPlusLoss, ProxyAnchorLoss
+from gcahng.training.config import LossConfig
+
+_LOSSES: dict[str, Callable[..., nn.Module]] = {
+    "n_pair": NPairLoss,
+    "n_pair_plus": NPairPlusLoss,
+    "proxy_anchor": ProxyAnchorLoss,
+}
+
+
+def build_metric_loss(config: LossConfig, num_classes: int, embedding_dim: int) -> nn.Module:
+    """The metric loss; N and D are passed to losses whose constructor asks for them by name.
+
+    Raises:
+        ConfigError: The loss refuses its arguments, or a dotted path does not load.
+    """
+    factory = _LOSSES.get(config.metric) or load_component(config.metric)
+    known = {"num_classes": num_classes, "embedding_dim": embedding_dim}
+    try:
+        wanted = inspect.signature(factory).parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"`loss.metric` must name a class or a function: `{config.metric}` is no such ({error})."
+        ) from error
+    arguments = {name: value for name, value in known.items() if name in wanted} | config.args
+    try:
+        loss = factory(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"`loss.args` do not fit loss.metric `{config.metric}`: {error}.") from error
+    if not isinstance(loss, nn.Module):
+        raise ConfigError(f"`loss.metric` must make a torch.nn.Module: `{config.metric}` made {type(loss).__name__}.")
+    return loss
