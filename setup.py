@@ -15,6 +15,8 @@ EXPORT = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"]
 CARS = ["scipy>=1.11"]
 # The first that lets several engines share one loss.
 DEEPSPEED = ["deepspeed>=0.19.8"]
+# Metric losses and miners; the next major release keeps its queues otherwise.
+PML = ["pytorch-metric-learning>=2.5,<3"]
 
 setup(
     name="gcahng",
@@ -51,6 +53,8 @@ setup(
         "cars": CARS,
         # Optimiser state (stage 1) and gradients (stage 2) spread over processes by ZeRO; DDP does without.
         "deepspeed": DEEPSPEED,
+        # Metric losses `pml.NAME` and their miners.
+        "pml": PML,
         # Neighbour pictures.
         "pictures": PICTURES,
         # launch/report.py and clustering metrics.
@@ -66,6 +70,7 @@ setup(
         "test": [
             *CARS,
             *DEEPSPEED,
+            *PML,
             *REPORT,
             *SEARCH,
             *EXPORT,
@@ -76,7 +81,6 @@ setup(
             "ruff>=0.6",
             "mypy>=1.11",
             "types-PyYAML>=6.0",
-            "pytorch-metric-learning>=2.5",
             "webdataset>=1.0",
             "build>=1.2",
             "wheel>=0.43",

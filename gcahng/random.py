@@ -84,7 +84,39 @@ def mixing_weights(
     key = stream_key(seed, "mixing_weights", step, phase)
     anchor = torch.arange(num_samples)[:, None]
     negative = torch.arange(1, num_samples)[None, :]
-    weights = to_uniform(philox(key, (anchor, negative))[0], dtype)
+    return _sent(to_uniform(philox(key, (anchor, negative))[0], dtype), device)
+
+
+def picking_weights(
+    num_samples: int,
+    *,
+    seed: int,
+    step: int,
+    phase: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Mixing weights of 0 and 1 that pick one of a class's K interpolations instead of mixing them.
+
+    The paper's ablation "without random weighting" (GCA-HNG, IJCV 2024, table 3): an arbitrary interpolation of the set
+    takes the place of their mixture. Its text leaves open whether each anchor and class choose for themselves. Here all
+    anchors of a group pick the same negative group, for the released code draws its mixing weights by groups too:
+    the two differ then in what is drawn, not in how often. Uniform over the K groups to one part in 2**32 / K.
+
+    Args:
+        num_samples, seed, step, phase, dtype, device: As for `mixing_weights`; the draws are of another stream.
+    Returns:
+        (K, K-1); row a holds 0 at the group that the anchors of group a pick, unless that is group 0, and 1 elsewhere:
+        the fusion f = s_g + w_g (f - s_g) starts with group 0 and takes s_g where w_g is 0.
+    """
+    key = stream_key(seed, "fusion_picks", step, phase)
+    words = philox(key, (torch.arange(num_samples),))[0]
+    picked = (words * num_samples) >> 32
+    return _sent((torch.arange(1, num_samples) != picked[:, None]).to(dtype), device)
+
+
+def _sent(drawn: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for it."""
     if torch.device(device).type == "cuda":
-        weights = weights.pin_memory()
-    return weights.to(device, non_blocking=True)
+        drawn = drawn.pin_memory()
+    return drawn.to(device, non_blocking=True)

@@ -9,12 +9,38 @@ from gcahng.training.checkpoint import CONFIG, LINKS, MANIFEST, STATE
 from gcahng.training.config import load_config
 
 
-def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """Let a command line name a run or a checkpoint; see `chosen_path`."""
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Let a command line name a run or a checkpoint (see `chosen_path`), or what is added to the returned group."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="run folder")
     source.add_argument("--checkpoint", type=Path, help="checkpoint folder step-N, or a file in it")
     parser.add_argument("--which", choices=LINKS, help="checkpoint of --run; default: last")
+    return source
+
+
+def add_released_options(parser: argparse.ArgumentParser, option: str) -> None:
+    """Let a command line name a released file by `option`, and the configuration that goes with it."""
+    source = add_checkpoint_options(parser)
+    source.add_argument(
+        option, dest="released", type=Path, metavar="FILE", help="checkpoint of the authors' code, .pth"
+    )
+    parser.add_argument("--config", type=Path, help=f"configuration that {option} belongs to: architecture and data")
+
+
+def released_with_config(options: argparse.Namespace, option: str) -> tuple[Path, Path] | None:
+    """The released file and its configuration; None where a run or a checkpoint is named.
+
+    Raises:
+        ConfigError: One of both options is missing, or `--which` was given.
+    """
+    if (options.released is None) != (options.config is None):
+        there, missing = (option, "--config") if options.config is None else ("--config", option)
+        raise ConfigError(f"`{there}` goes with {missing}, which is missing. Add it.")
+    if options.released is None:
+        return None
+    if options.which is not None:
+        raise ConfigError(f"`--which` {options.which} chooses a checkpoint of --run, not of {option}. Leave it out.")
+    return options.released, options.config
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:

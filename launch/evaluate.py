@@ -4,6 +4,7 @@
   torchrun --nproc_per_node 2 -- launch/evaluate.py --run runs/NAME        (or accelerate launch, see docs/clusters.md)
   python launch/evaluate.py --checkpoint runs/NAME/step-N --data data/OTHER [section.key=value ...]
   python launch/evaluate.py --checkpoint runs/NAME/step-N --tars 'DIR/test-*.tar' [--label-field NAME]
+  python launch/evaluate.py --released FILE.pth --config configs/cub_resnet50.yaml    a checkpoint of the authors' code
 
 What searches what is set as in training, for example
   eval.protocol=query_gallery eval.split=query eval.gallery_split=gallery  one split searches another
@@ -16,10 +17,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from gcahng.compat import ReleasedModel
 from gcahng.errors import ConfigError
 from gcahng.search.evaluated import approximate_row, check_libraries, clustering_row
 from gcahng.training.config import Config
-from gcahng.training.evaluate_checkpoint import evaluation_config, evaluation_of
+from gcahng.training.evaluate_checkpoint import CheckpointModel, SavedModel, evaluation_of
 from gcahng.training.evaluation import Evaluation, TarSets
 from gcahng.training.evaluation_report import full_report, summary_lines, worst_lines, write_json, write_per_class
 from gcahng.training.launched import end, launched, launched_rank
@@ -27,12 +29,13 @@ from gcahng.training.output_files import check_output
 from gcahng.training.saved_embeddings import check_target
 from gcahng.training.trainer import SELECTION_NOTE
 from launch.checkpoints import (
-    add_checkpoint_options,
     add_image_options,
+    add_released_options,
     add_settings,
     check_pattern,
     chosen_path,
     image_settings,
+    released_with_config,
 )
 from launch.cli import run
 
@@ -52,7 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_checkpoint_options(parser)
+    add_released_options(parser, "--released")
     add_image_options(parser)
     parser.add_argument("--gallery-tars", action="append", help="tars that those of --tars search; repeatable")
     parser.add_argument("--distractor-tars", action="append", help="tars searched as well, of none of the classes")
@@ -71,6 +74,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_settings(parser)
     return parser.parse_intermixed_args(arguments)
+
+
+def chosen_model(options: argparse.Namespace) -> SavedModel:
+    """The model that the options mean.
+
+    Raises:
+        ConfigError: See `chosen_path` and `released_with_config`.
+    """
+    released = released_with_config(options, "--released")
+    return CheckpointModel(chosen_path(options)) if released is None else ReleasedModel(*released)
 
 
 def chosen_tars(options: argparse.Namespace) -> TarSets | None:
@@ -119,14 +132,14 @@ def main() -> int:
     """Run the command; returns the exit status."""
     options = parse()
     tars = chosen_tars(options)
-    path = chosen_path(options)
+    saved = chosen_model(options)
     check_outputs(options)
     overrides = chosen_settings(options)
-    config = evaluation_config(path, overrides)
+    config = saved.config(overrides)
     check_libraries(clustering=config.eval.clustering, approximate=options.approximate)
     started = launched(config, training=False)
     evaluation = evaluation_of(
-        path,
+        saved,
         overrides,
         started,
         tars=tars,
@@ -136,8 +149,7 @@ def main() -> int:
     )
     end(started)
     if started.ranks.first:
-        # The link, or a file in it.
-        say(evaluation, config, options, chosen_on_test="best_test" in (path.name, path.parent.name))
+        say(evaluation, config, options, chosen_on_test=saved.chosen_on_test())
     return 0
 
 

@@ -19,6 +19,7 @@ from ddp_cases import WarmUpCase
 from exact_cases import ExactCase, run_case
 from launched_here import launched_here, small_config
 from own_row_losses import MixedLoss, OnlyOwn
+from pml_cases import arc_face
 from step_cases import averages_of
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -137,6 +138,7 @@ CASES: dict[str, ExactCase] = {
     "no generation, own loss": ExactCase(generate=False, loss="own", num_classes=5, layers=2, steps=2),
     "fused, no wait": ExactCase(edge_dropout="independent", deferred=True, steps=2),
     "single coefficients, fused SGD": ExactCase(channel=False, deferred=True, optimizer="sgd", steps=2),
+    "proxies of pytorch-metric-learning": OtherParts(metric_loss=arc_face, num_classes=5, steps=2),
     "own rows within a part": OtherParts(metric_loss=MixedLoss, num_classes=5, steps=2),
     "own rows alone, frozen group": OtherParts(metric_loss=OnlyOwn, frozen=99, num_classes=5, steps=2),
 }

@@ -26,7 +26,14 @@ from gcahng.data.ranks import rank_classes, rank_sizes
 from gcahng.distributed import ONE, Ranks
 from gcahng.distributed.batch_norm import use_statistics_of_all
 from gcahng.graph import GraphNetwork
-from gcahng.losses import NPairLoss, NPairPlusLoss, ProxyAnchorLoss
+from gcahng.losses import (
+    HardNegativeLoss,
+    NPairLoss,
+    NPairPlusLoss,
+    ProxyAnchorLoss,
+    SelectivelyContrastiveLoss,
+    SemiHardNegativeLoss,
+)
 from gcahng.random import stream_key
 from gcahng.training.averages import EpochAverages
 from gcahng.training.backend import Backend, PlainBackend
@@ -36,7 +43,7 @@ from gcahng.training.step import StepSettings, TrainingStep
 
 # Every switch of the maths; the first value is what a case has where the switch has no say.
 MATHS: dict[str, tuple[Hashable, ...]] = {
-    "loss": ("n_pair_plus", "n_pair", "proxy_anchor", "own"),
+    "loss": ("n_pair_plus", "n_pair", "proxy_anchor", "sct", "shn", "hn", "own"),
     "graph": (True, False),
     "generate": (True, False),
     "channel": (True, False),
@@ -58,6 +65,7 @@ SURROUNDINGS: dict[str, tuple[Hashable, ...]] = {
     "clip": (None, 0.02),
     "optimizer": ("adamw", "sgd"),
     "deferred": (False, True),
+    "fusion": ("mix", "pick"),
 }
 FACTORS = MATHS | SURROUNDINGS
 OF_THE_GRAPH = ("edge_dropout", "norm", "node_propagation", "edge_to_node", "edge_aggregation", "backend", "layers")
@@ -70,6 +78,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool]], ...] = (
     # From here on: a switch that has no say stands at its first value.
     (("generate", "channel"), lambda generate, channel: generate or channel),
     (("generate", "normalised_distance"), lambda generate, normalised: generate or not normalised),
+    (("generate", "fusion"), lambda generate, fusion: generate or fusion == "mix"),
     (("graph", "generate", "neighbours"), lambda graph, generate, number: graph or generate or number is None),
     (("node_propagation", "edge_to_node"), lambda propagates, sums: propagates or sums),
     (("node_propagation", "edge_aggregation"), lambda propagates, kind: propagates or kind == "sum"),
@@ -101,6 +110,9 @@ _LOSSES: dict[str, Callable[[int, int], nn.Module]] = {
     "n_pair_plus": lambda num_classes, dim: NPairPlusLoss(),
     "n_pair": lambda num_classes, dim: NPairLoss(),
     "proxy_anchor": ProxyAnchorLoss,
+    "sct": lambda num_classes, dim: SelectivelyContrastiveLoss(),
+    "shn": lambda num_classes, dim: SemiHardNegativeLoss(),
+    "hn": lambda num_classes, dim: HardNegativeLoss(),
     "own": SoftCentres,
 }
 
@@ -135,6 +147,7 @@ class ExactCase:
     clip: float | None = None
     optimizer: str = "adamw"
     deferred: bool = False
+    fusion: str = "mix"
     steps: int = 5
     dtype: torch.dtype = torch.float64
     seed: int = 0
@@ -182,6 +195,7 @@ class ExactCase:
             num_samples=self.num_samples,
             generate=self.generate,
             channel_coefficients=self.channel,
+            fusion=self.fusion,  # type: ignore[arg-type]
             alpha=2.0,
             beta=5.0,
             neighbours=self.neighbours,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from golden_names import graph_name
 from torch import Tensor, nn
 
 from gcahng import losses, metrics
+from gcahng.compat.graph_names import graph_name
 from gcahng.generation import (
     ConstantClassifier,
     Interpolation,

@@ -26,7 +26,8 @@ GROUP_TIMEOUT_S = 60
 TIME_LIMIT_S = 240.0
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["gcahng.training.trainer"])
+# Also what training imports when it needs it: optimisers `torch._dynamo`, backbones and launches the others.
+_CONTEXT.set_forkserver_preload(["gcahng.training.trainer", "torch._dynamo", "torchvision", "timm", "accelerate"])
 
 
 class RankFailure(AssertionError):

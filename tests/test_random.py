@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from gcahng.random import mixing_weights, philox, stream_key, to_uniform
+from gcahng.random import mixing_weights, philox, picking_weights, stream_key, to_uniform
 
 # Philox 4x32-10 in the Random123 distribution's file of known answers: counter, key (low word first), result.
 KNOWN = [
@@ -97,8 +97,45 @@ def test_mixing_weights_are_uniform_over_steps() -> None:
     assert float(drawn.var()) == pytest.approx(1 / 12, abs=0.005)
 
 
+def picks(num_samples: int, **coordinates: object) -> list[int]:
+    """The group that each anchor group picks, read from the weights as the fusion does: the last 0, else group 0."""
+    weights = picking_weights(num_samples, **coordinates)  # type: ignore[arg-type]
+    assert weights.shape == (num_samples, num_samples - 1)
+    assert set(weights.unique().tolist()) <= {0.0, 1.0}
+    assert bool(((1 - weights).sum(1) <= 1).all())
+    return [row.index(0.0) + 1 if 0.0 in row else 0 for row in weights.tolist()]
+
+
+@pytest.mark.parametrize(("num_samples", "bound"), [(2, 10.83), (5, 18.47)])
+def test_picks_are_uniform_over_the_groups(num_samples: int, bound: float) -> None:
+    """Chi-square of every anchor group's picks over 400 steps, against its 0.1% quantile for K - 1 degrees."""
+    steps = 400
+    drawn = torch.tensor([picks(num_samples, seed=0, step=step, phase="metric") for step in range(steps)])
+    expected = steps / num_samples
+    for group in range(num_samples):
+        counts = drawn[:, group].bincount(minlength=num_samples).double()
+        assert float((counts - expected).square().sum() / expected) < bound, (group, counts.tolist())
+    # Anchor groups pick apart: every pair of picks of the first two is about as frequent.
+    pairs = (drawn[:, 0] * num_samples + drawn[:, 1]).bincount(minlength=num_samples**2).double()
+    deviation = (steps / num_samples**2) ** 0.5
+    assert float((pairs - steps / num_samples**2).abs().max()) < 4 * deviation
+
+
+def test_picks_depend_on_every_coordinate_and_not_on_the_mixing_weights() -> None:
+    base = {"seed": 0, "step": 5, "phase": "metric"}
+    drawn = picks(64, **base)
+    assert drawn == picks(64, **base)
+    assert torch.equal(picking_weights(4, **base, dtype=torch.float64), picking_weights(4, **base).double())
+    for change in ({"seed": 1}, {"step": 6}, {"phase": "generation"}):
+        other = picks(64, **(base | change))
+        assert sum(a == b for a, b in zip(drawn, other, strict=True)) < 10
+    words = philox(stream_key(0, "mixing_weights", 5, "metric"), (torch.arange(64),))[0]
+    assert sum(a == b for a, b in zip(drawn, (words * 64 >> 32).tolist(), strict=True)) < 10
+
+
 def test_global_generator_is_not_read() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     mixing_weights(3, seed=0, step=0, phase="metric")
+    picking_weights(3, seed=0, step=0, phase="metric")
     assert torch.equal(torch.get_rng_state(), before)

@@ -58,7 +58,7 @@ class NodeBlock(nn.Module):
     """Attention over the other classes' samples, the edge-to-node sum, a feed-forward part (method: node block).
 
     `self.norm` is one parameter pair shared by its three uses. Parts that a switch turns off do not exist, so no
-    parameter is ever without a use.
+    parameter is ever without a use; they are drawn all the same, so that the others start alike.
     """
 
     def __init__(
@@ -74,10 +74,11 @@ class NodeBlock(nn.Module):
         self.num_heads = num_heads
         self.attends = node_propagation
         self.sums_edges = node_propagation and edge_to_node
+        attention, message = [_attention_linear(dim) for _ in range(4)], nn.Linear(dim, dim)
         if self.attends:
-            self.query, self.key, self.value, self.out = (_attention_linear(dim) for _ in range(4))
+            self.query, self.key, self.value, self.out = attention
         if self.sums_edges:
-            self.edge_to_node = nn.Linear(dim, dim)
+            self.edge_to_node = message
         self.ffn_in = nn.Linear(dim, 4 * dim)
         self.ffn_out = nn.Linear(4 * dim, dim)
         self.norm = Norm(dim, gelu=gelu_norm)

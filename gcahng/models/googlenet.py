@@ -1,10 +1,12 @@
-"""GoogLeNet from torchvision, which timm lacks."""
+"""GoogLeNet from torchvision, which timm lacks.
+
+torchvision takes seconds to import: it is imported when the network is asked for.
+"""
 
 from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import GoogLeNet_Weights, googlenet
 
 from gcahng.models.backbone import Backbone
 
@@ -28,6 +30,8 @@ class GoogLeNetBackbone(Backbone):
     shift: Tensor
 
     def __init__(self, transform_input: bool = True) -> None:
+        from torchvision.models import googlenet
+
         whole = googlenet(weights=None, aux_logits=False, transform_input=False, init_weights=False)
         stages = OrderedDict(whole.named_children())
         while next(reversed(stages)) != "inception5b":  # average pool, dropout, fc
@@ -47,5 +51,7 @@ class GoogLeNetBackbone(Backbone):
 
 def download_googlenet() -> dict[str, Tensor]:
     """The state dictionary of torchvision's ImageNet V1 weights, from its cache or its server."""
+    from torchvision.models import GoogLeNet_Weights
+
     weights = GoogLeNet_Weights.IMAGENET1K_V1
     return dict(weights.get_state_dict(progress=False, check_hash=True))

@@ -1,10 +1,12 @@
-"""Backbones from timm, by the names its users know."""
+"""Backbones from timm, by the names its users know.
+
+timm takes seconds to import, half the start of a command: it is imported when a network of its is asked for.
+"""
 
 import difflib
 import sys
 from typing import Any
 
-import timm
 from torch import Tensor
 
 from gcahng.errors import ConfigError, InputError
@@ -32,6 +34,8 @@ class TimmBackbone(Backbone):
         weights: str | None = None,
         **arguments: Any,
     ) -> None:
+        import timm
+
         download = pretrained and weights is None
         if download and not _is_hub(name) and not timm.is_model_pretrained(name):
             raise ConfigError(
@@ -75,11 +79,15 @@ class TimmBackbone(Backbone):
 
 def is_timm_name(name: str) -> bool:
     """Tell whether timm knows the architecture of `name` (its tag is not looked at)."""
+    import timm
+
     return _is_hub(name) or timm.is_model(name.split(".")[0])
 
 
 def near_timm_names(name: str, others: tuple[str, ...] = ()) -> list[str]:
     """Up to three known names like `name`: tags of its architecture, or architectures."""
+    import timm
+
     architecture, _, tag = name.partition(".")
     if timm.is_model(architecture) and tag:
         known = [*timm.list_models(f"{architecture}.*", pretrained=True), architecture]
@@ -98,6 +106,8 @@ def _create(name: str, download: bool, arguments: dict[str, Any]) -> tuple[Any, 
     convolution): those belong to the features. A few networks cannot be built without pooling; of
     them only `forward_features` is used.
     """
+    import timm
+
     known = {"pretrained": download, "num_classes": 0, **arguments}
     try:
         try:

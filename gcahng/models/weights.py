@@ -84,16 +84,31 @@ def _converted(state: dict[str, Tensor], network: nn.Module, convert: Convert, t
 
 
 def read_weight_file(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors, .pth or .pt file without running code from it.
+    """Read the tensors of a .safetensors, .pth or .pt file without running code from it; DataParallel's prefix goes.
 
     Raises:
         ConfigError: the file is missing, damaged, or holds other things than named tensors.
     """
+    state, _ = read_state_dict(path)
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def read_state_dict(path: Path, named_by: str = "model.weights") -> tuple[dict[str, Tensor], list[str]]:
+    """Read a state dictionary, alone or wrapped, without running code from the file.
+
+    Args:
+        path: A .safetensors, .pth or .pt file.
+        named_by: What named it, for messages.
+    Returns:
+        The tensors by their names in the file, and the names of what lies beside them in its wrapper (`epoch`, say).
+    Raises:
+        ConfigError: the file is missing, damaged, or holds other things than named tensors.
+    """
     if not path.is_file():
-        raise ConfigError(f"Weight file `{path}` does not exist. Correct model.weights.")
+        raise ConfigError(f"Weight file `{path}` does not exist. Correct {named_by}.")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_file(path), []
         content = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ConfigError(f"Weight file `{path}` is no whole safetensors file: {error}. Fetch it again.") from error
@@ -102,14 +117,18 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
             f"Weight file `{path}` holds other things than tensors, or is damaged; it is not read, "
             "since that could run code. Save its state dictionary alone, best as .safetensors."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ConfigError(f"Weight file `{path}` cannot be read: {error}. Fetch it again.") from error
+    except Exception as error:  # a damaged file fails in many ways
+        raise ConfigError(
+            f"Weight file `{path}` cannot be read: {type(error).__name__}: {error}. Fetch it again."
+        ) from error
     return _named_tensors(content, path)
 
 
-def _named_tensors(content: Any, path: Path) -> dict[str, Tensor]:
+def _named_tensors(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    beside: list[str] = []
     for wrapper in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            beside += [str(key) for key in content if key != wrapper]
             content = content[wrapper]
     if (
         not isinstance(content, dict)
@@ -121,7 +140,7 @@ def _named_tensors(content: Any, path: Path) -> dict[str, Tensor]:
             f"{' or '.join(f'`{name}`' for name in _WRAPPERS)}: got {type(content).__name__}. Save "
             "model.state_dict()."
         )
-    return {str(key).removeprefix("module."): tensor for key, tensor in content.items()}
+    return {str(key): tensor for key, tensor in content.items()}, beside
 
 
 def _mismatches(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:

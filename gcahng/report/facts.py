@@ -66,11 +66,15 @@ def method_name(config: Config) -> str:
         return "Metric loss and graph network" if graph.enabled else "Metric loss alone"
     if not graph.enabled or generation.coefficients == "single":
         return "Single coefficient interpolation"
-    without = [
-        name
-        for name, present in (("global correlations", graph.node_propagation), ("edge to node", graph.edge_to_node))
-        if not present
-    ]
+    parts = (
+        ("global correlations", graph.node_propagation),
+        ("edge to node", graph.edge_to_node),
+        ("random weighting", generation.fusion == "mix"),
+        ("classification loss", generation.weights.classification),
+        ("similarity loss", generation.weights.similarity),
+        ("diversity loss", generation.weights.diversity),
+    )
+    without = [name for name, present in parts if not present]
     return "GCA-HNG" + (f" without {' and '.join(without)}" if without else "")
 
 

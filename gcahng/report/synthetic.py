@@ -23,7 +23,7 @@ from gcahng.graph.edge_layout import edge_layout
 from gcahng.graph.neighbours import neighbour_plan
 from gcahng.graph.pairs import PairPlan, class_major_plan
 from gcahng.layout import group_major
-from gcahng.random import mixing_weights
+from gcahng.random import mixing_weights, picking_weights
 from gcahng.report.run_data import RunData
 from gcahng.training import checkpoint
 from gcahng.training.averages import EpochAverages
@@ -139,7 +139,8 @@ def synthetic_negatives(run: RunData, rows: NDArray[np.int64]) -> SyntheticNegat
     averages = EpochAverages()
     averages.load_state_dict(state["averages"])
     rule = Interpolation(config.generation.alpha, averages.metric_loss, config.generation.normalised_distance)
-    weights = mixing_weights(num_samples, seed=config.seed, step=state["progress"]["step"], phase=METRIC)
+    draw = picking_weights if config.generation.fusion == "pick" else mixing_weights
+    weights = draw(num_samples, seed=config.seed, step=state["progress"]["step"], phase=METRIC)
     table = Synthesis(num_samples, rule, weights).all_at_once(embeddings, coefficients)
     own = torch.arange(len(rows))[:, None] % num_classes == torch.arange(num_classes)
     anchor, column = (listed & ~own).nonzero(as_tuple=True)

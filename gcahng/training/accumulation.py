@@ -94,11 +94,17 @@ def cached_embeddings(model: nn.Module, images: Tensor, micro_batch: int, microb
     """
     if images.shape[0] <= micro_batch:
         return cast(Tensor, model(images))
+    features = cached_features(model, images, micro_batch, microbatch_statistics)
+    return cast(Tensor, cast(Any, model).embed_features(features))
+
+
+def cached_features(model: nn.Module, images: Tensor, micro_batch: int, microbatch_statistics: bool) -> Tensor:
+    """The features behind `cached_embeddings`, (R, C), for those who need both; arguments and errors as there."""
+    if images.shape[0] <= micro_batch:
+        return _features_of(model, images)
     if model.training:
         check_accumulation(model, micro_batch, microbatch_statistics)
-    parts = images.detach().tensor_split(-(-images.shape[0] // micro_batch))
-    features = _cached_features(model, parts)
-    return cast(Tensor, cast(Any, model).embed_features(features))
+    return _cached_features(model, images.detach().tensor_split(-(-images.shape[0] // micro_batch)))
 
 
 def _cached_features(model: nn.Module, parts: Sequence[Tensor]) -> Tensor:

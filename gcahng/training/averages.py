@@ -5,11 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcahng.generation.interpolation import FIRST_EPOCH_MEAN_LOSS
+from gcahng.generation.interpolation import FIRST_EPOCH_MEAN_LOSS, SMALLEST_MEAN_LOSS
 
 
 class EpochAverages:
-    """Means of the metric and the generation loss over the previous epoch (1e6 in the first one)."""
+    """Means of the metric and the generation loss over the previous epoch (1e6 in the first one).
+
+    Each value counts as at least 1e-6, as in the released code. Some losses go below 0: J_gen does where the diversity
+    loss outweighs the rest of it, and its trust weight is 1 then.
+    """
 
     def __init__(self) -> None:
         self.metric_loss = FIRST_EPOCH_MEAN_LOSS
@@ -48,5 +52,5 @@ class EpochAverages:
         self._steps = int(state["steps"])
 
     def _accumulate(self, name: str, value: Tensor) -> None:
-        value = value.detach().double()
+        value = value.detach().double().clamp_min(SMALLEST_MEAN_LOSS)
         self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value

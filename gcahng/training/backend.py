@@ -20,8 +20,9 @@ from gcahng.training.optimizers import PassGate, obeys_gate
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-# Parts that autocast leaves alone: losses are computed in float32.
-FULL_PRECISION = ("metric_loss",)
+# Parts that autocast leaves alone: losses are computed in float32. The generator's is of the order of 1e4, beyond what
+# gradients in float16 bear beside those of the other parts under one loss scale.
+FULL_PRECISION = ("metric_loss", "generator")
 
 
 class Backend(Protocol):

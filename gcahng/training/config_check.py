@@ -58,6 +58,8 @@ _DISTINCT = Limit(
     lambda names: all(name.strip() for name in names) and len(set(names)) == len(names), "be different names"
 )
 _SHARE = Limit(lambda value: 0 <= value < 1, "lie in [0, 1)")
+_LOSSES = ("n_pair", "n_pair_plus", "proxy_anchor", "hn", "shn", "sct")
+_PML_MEMORY = 1024  # what pml.CrossBatchMemory holds unless told
 
 LIMITS: tuple[tuple[str, Limit], ...] = (
     ("seed", Limit(lambda value: 0 <= value < 2**63, "lie in [0, 2**63)")),
@@ -100,8 +102,11 @@ LIMITS: tuple[tuple[str, Limit], ...] = (
     ("generation.alpha", _NOT_NEGATIVE),
     ("generation.beta", _NOT_NEGATIVE),
     ("generation.weights.*", _NOT_NEGATIVE),
-    ("loss.metric", _name_or_path("n_pair", "n_pair_plus", "proxy_anchor", "hn", "shn", "sct")),
-    ("loss.miner", _name_or_path()),
+    ("generation.generator.hidden", Limit(lambda widths: all(w >= 1 for w in widths), "be widths of at least 1")),
+    ("generation.generator.reconstruction", _NOT_NEGATIVE),
+    ("generation.generator.classification", _NOT_NEGATIVE),
+    ("loss.metric", _name_or_path(*_LOSSES, "pml.NAME of pytorch-metric-learning")),
+    ("loss.miner", Limit(is_component_path, "be pml.NAME of pytorch-metric-learning, or a dotted path")),
     ("optim.*.name", _name_or_path("adamw", "sgd")),
     ("optim.*.lr", _POSITIVE),
     ("optim.*.weight_decay", _NOT_NEGATIVE),
@@ -184,6 +189,30 @@ def _transform_fault(*values: Any) -> str | None:
     return None
 
 
+_GENERATOR_RELATIONS = (
+    Relation(
+        ("generation.method", "generation.enabled"),
+        lambda method, enabled: method == "generator" and not enabled,
+        "is {0}, but generation.enabled is false. Set generation.enabled=true or generation.method=interpolation",
+    ),
+    Relation(
+        ("generation.method", "generation.enabled", "generation.coefficients"),
+        lambda method, enabled, kind: method == "generator" and enabled and kind != "single",
+        "is {0}, which goes on from single-coefficient interpolation: got generation.coefficients={2}. Set "
+        "generation.coefficients=single",
+    ),
+    Relation(
+        ("graph.neighbours", "generation.method"),
+        lambda neighbours, method: neighbours is not None and method == "generator",
+        "must be null with generation.method=generator, which generates a negative of every class: got {0}",
+    ),
+    Relation(
+        ("generation.generator.reconstruction", "generation.generator.classification", "generation.method"),
+        lambda recon, soft, method: method == "generator" and recon == 0 and soft == 0,
+        "and generation.generator.classification are both 0: the generator would learn nothing. Set one above 0",
+    ),
+)
+
 _EVAL_RELATIONS = (
     Relation(
         ("eval.gallery_split", "eval.protocol", "eval.split", "eval.galleries"),
@@ -219,12 +248,45 @@ _EVAL_RELATIONS = (
     ),
 )
 
-RELATIONS: tuple[Relation, ...] = (
+
+def _memories(objects: Any) -> Iterator[int]:
+    """Sizes of the memories in nested arguments of losses."""
+    if isinstance(objects, list):
+        objects = dict(enumerate(objects))
+    for name, value in objects.items() if isinstance(objects, Mapping) else ():
+        if name == "pml.CrossBatchMemory":
+            size = value.get("memory_size", _PML_MEMORY) if isinstance(value, Mapping) else _PML_MEMORY
+            if isinstance(size, int):
+                yield size
+        yield from _memories(value)
+
+
+_LOSS_RELATIONS = (
     Relation(
         ("loss.metric", "batch.num_samples"),
         lambda metric, samples: metric == "n_pair" and samples != 2,
         "the original N-pair loss takes batch.num_samples=2: got {1}. Set loss.metric=n_pair_plus",
     ),
+    Relation(
+        ("loss.miner", "loss.metric"),
+        lambda miner, metric: miner is not None and metric in _LOSSES,
+        "chooses pairs for a loss `pml.NAME`, or one of your own that takes an `indices_tuple`: got {0} for "
+        "loss.metric {1}. Set it to null, or name such a loss",
+    ),
+    Relation(
+        ("loss.miner_args", "loss.miner"),
+        lambda args, miner: bool(args) and miner is None,
+        "are the arguments of a miner, but loss.miner is null: got {0}. Name a miner, or set them to {{}}",
+    ),
+    Relation(
+        ("loss.args", "loss.metric", "batch.num_classes", "batch.num_samples"),
+        lambda args, metric, classes, samples: any(n < classes * samples for n in _memories({metric: args})),
+        "the memory of pml.CrossBatchMemory must hold a batch of {2} x {3} samples: got {0}. Set its memory_size",
+    ),
+)
+
+RELATIONS: tuple[Relation, ...] = (
+    *_LOSS_RELATIONS,
     Relation(
         ("batch.passes", "batch.sampler"),
         lambda passes, sampler: passes is not None and sampler in WITHOUT_PASSES,
@@ -258,7 +320,7 @@ RELATIONS: tuple[Relation, ...] = (
     ),
     *(
         relation
-        for part in ("metric_model", "graph", "classifier", "proxies")
+        for part in ("metric_model", "graph", "classifier", "generator", "proxies")
         for relation in _optimizer_relations(part)
     ),
     Relation(
@@ -271,6 +333,7 @@ RELATIONS: tuple[Relation, ...] = (
         lambda precision, device: precision == "fp16" and device == "cpu",
         "fp16 needs CUDA, but train.device is cpu. Set train.precision=bf16 or fp32",
     ),
+    *_GENERATOR_RELATIONS,
     *_EVAL_RELATIONS,
 )
 

@@ -164,11 +164,31 @@ class GenerationWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """The generator network of `generation.method` generator, as HDML (CVPR 2019) has it; see docs/generator.md.
+
+    Its loss is reconstruction * J_recon + classification * J_soft, and `generation.beta` is on the scale of that.
+    """
+
+    hidden: tuple[int, ...] = (512,)
+    """Widths of its hidden layers, between embedding and feature (the released code of HDML)."""
+    reconstruction: float = 64.0
+    """Factor of J_recon: squared distance of real features to those made from their embeddings, mean over samples."""
+    classification: float = 5000.0
+    """Factor of J_soft: generated features are classified as the class they come from."""
+    classify: Literal["features", "embeddings"] = "features"
+    """What the classifier takes: pooled features as in HDML, or embeddings as with `method` interpolation."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """Synthetic hard negatives."""
 
     enabled: bool = True
     """False: no synthetic negatives, no classifier, no generation pass."""
+    method: Literal["interpolation", "generator"] = "interpolation"
+    """Synthetic negatives are interpolated embeddings, or what a generator network and the embedding head make of
+    them (`coefficients` single only)."""
     alpha: float = 5.0
     """Pull strength: coefficients are scaled by exp(-alpha / mean metric loss of last epoch)."""
     beta: float = 20.0
@@ -180,6 +200,7 @@ class GenerationConfig:
     normalised_distance: bool = False
     """Measure anchor distances on L2-normalised embeddings (the paper) or on z (released code)."""
     weights: GenerationWeights = field(default_factory=GenerationWeights)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +211,7 @@ class LossConfig:
     """`n_pair`, `n_pair_plus`, `proxy_anchor`, `hn`, `shn`, `sct`, a loss of pytorch-metric-learning
     (`pml.MultiSimilarityLoss`), or the dotted path of an own loss."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the loss (e.g. `scale: 32`)."""
+    """Keyword arguments of the loss (e.g. `scale: 32`; of `pml.*` also: `distance: {pml.LpDistance: {p: 1}}`)."""
     miner: str | None = None
     """A miner of pytorch-metric-learning (`pml.MultiSimilarityMiner`) or the dotted path of an own one, for losses
     `pml.*`: it chooses pairs or triplets of the global batch."""
@@ -239,6 +260,11 @@ def _classifier() -> OptimizerConfig:
     return OptimizerConfig(lr=1e-3, weight_decay=1e-2)
 
 
+def _generator() -> OptimizerConfig:
+    # Of HDML's released code: Adam, lr_gen in FLAGS.py, neither decay nor schedule.
+    return OptimizerConfig(lr=1e-2, weight_decay=0.0)
+
+
 def _proxies() -> OptimizerConfig:
     # 100 times the metric model's rate, and the same steps, so that it stays 100 times.
     return OptimizerConfig(lr=1.5e-2, schedule=ScheduleConfig(name="step"))
@@ -251,6 +277,7 @@ class OptimConfig:
     metric_model: OptimizerConfig = field(default_factory=_metric_model)
     graph: OptimizerConfig = field(default_factory=_graph)
     classifier: OptimizerConfig = field(default_factory=_classifier)
+    generator: OptimizerConfig = field(default_factory=_generator)
     proxies: OptimizerConfig = field(default_factory=_proxies)
     clip_value: float | None = 10.0
     """Bound on every gradient entry of metric model and graph network; null: no clipping."""

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from gcahng.errors import InputError
+from gcahng.generation.generator import FeatureGenerator
 from gcahng.graph import GraphNetwork
 from gcahng.losses import ProxyAnchorLoss
 from gcahng.models import Embedder
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 # Every pass through such a part reaches all its parameters; subclasses may do otherwise.
-_REACHED_WHOLE = (nn.Linear, ProxyAnchorLoss)
+_REACHED_WHOLE = (nn.Linear, ProxyAnchorLoss, FeatureGenerator)
 
 
 class _Search(Enum):
@@ -45,7 +46,7 @@ class _Search(Enum):
     """DDP looks for them; their gradients stay None. A warm-up leaves the backbone out, an own backbone may hold some
     that nothing uses, an own loss may use some in some batches only."""
     NONE = auto()
-    """There are none, of a classifier, of proxies, and of an `Embedder` once a pass has reached all of it."""
+    """There are none, of a classifier, a generator, proxies, and of an `Embedder` once a pass has reached all of it."""
     ZERO = auto()
     """They have gradients of zero, which the pass gate takes away: each pass through the graph network reaches others,
     and its parameter groups say which."""

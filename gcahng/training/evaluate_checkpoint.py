@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -31,6 +32,46 @@ from gcahng.training.parts import build_metric_model, choose_device
 log = logging.getLogger(__name__)
 
 
+class SavedModel(Protocol):
+    """A metric model in files, with the configuration that it belongs to."""
+
+    def config(self, overrides: Sequence[str]) -> Config:
+        """The configuration with `section.key=value` replaced, for embedding (see `embedding_config`)."""
+
+    def load(self, overrides: Sequence[str], device: torch.device) -> tuple[Embedder, Config]:
+        """The model, ready to embed, and that configuration."""
+
+    def digest(self) -> str:
+        """Checksum (hexadecimal sha256) of what the weights were read from."""
+
+    def chosen_on_test(self) -> bool:
+        """Whether it is the one of several that did best on the test classes."""
+
+
+@dataclass(frozen=True)
+class CheckpointModel:
+    """The metric model of a checkpoint: a folder, a link to one, or a file inside."""
+
+    path: Path
+
+    def config(self, overrides: Sequence[str]) -> Config:
+        """See `evaluation_config`."""
+        return evaluation_config(self.path, overrides)
+
+    def load(self, overrides: Sequence[str], device: torch.device) -> tuple[Embedder, Config]:
+        """See `load_metric_model`."""
+        return load_metric_model(self.path, overrides, device=device)
+
+    def digest(self) -> str:
+        """Of its manifest, which holds the checksums of all files."""
+        manifest = (checkpoint.find_checkpoint(self.path) / checkpoint.MANIFEST).read_bytes()
+        return hashlib.sha256(manifest).hexdigest()
+
+    def chosen_on_test(self) -> bool:
+        """Whether `path` is the link `best_test`, or a file in it."""
+        return "best_test" in (self.path.name, self.path.parent.name)
+
+
 def load_metric_model(
     path: Path, overrides: Sequence[str] = (), *, device: torch.device | None = None
 ) -> tuple[Embedder, Config]:
@@ -53,12 +94,20 @@ def load_metric_model(
 
 
 def evaluation_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """A checkpoint's configuration, where fp16 and a CPU go together: that rule is for training, embedding falls back.
+    """A checkpoint's configuration, see `embedding_config`.
 
     Raises:
         ConfigError: There is no checkpoint, or a setting is impossible.
     """
-    file = checkpoint.find_checkpoint(path) / checkpoint.CONFIG
+    return embedding_config(checkpoint.find_checkpoint(path) / checkpoint.CONFIG, overrides)
+
+
+def embedding_config(file: Path, overrides: Sequence[str] = ()) -> Config:
+    """A configuration file, where fp16 and a CPU go together: that rule is for training, embedding falls back.
+
+    Raises:
+        ConfigError: There is no such file, or a setting is impossible.
+    """
     device = load_config(file, [*overrides, "train.precision=fp32"]).train.device
     config = load_config(file, [*overrides, "train.device=auto"])
     return dataclasses.replace(config, train=dataclasses.replace(config.train, device=device))
@@ -110,11 +159,12 @@ def evaluate_checkpoint(
         DataError: Checkpoint or data are damaged, or the split cannot be evaluated.
     """
     started = Launched(ONE, choose_device(evaluation_config(path, overrides).train.device), "plain")
-    return as_row(evaluation_of(path, overrides, started, tars=tars, save_to=save_to, progress_bars=progress_bars))
+    model = CheckpointModel(path)
+    return as_row(evaluation_of(model, overrides, started, tars=tars, save_to=save_to, progress_bars=progress_bars))
 
 
 def evaluation_of(
-    path: Path,
+    saved: SavedModel,
     overrides: Sequence[str],
     started: Launched,
     *,
@@ -124,9 +174,10 @@ def evaluation_of(
     num_neighbours: int = 0,
     progress_bars: bool = False,
 ) -> Evaluation:
-    """Evaluate a checkpoint on one rank or several; arguments and errors as of `evaluate_checkpoint`.
+    """Evaluate a saved model on one rank or several; other arguments and errors as of `evaluate_checkpoint`.
 
     Args:
+        saved: The model; each rank reads it.
         started: How this process was started; every rank calls this.
         keep_embeddings: Return the embeddings, on rank 0.
         num_neighbours: Nearest neighbours to return per query.
@@ -134,7 +185,7 @@ def evaluation_of(
     ranks = started.ranks
 
     def read() -> tuple[Embedder, Config, ShardSet | None]:
-        model, config = load_metric_model(path, overrides, device=started.device)
+        model, config = saved.load(overrides, started.device)
         if tars is not None:
             return model, config, None
         shards = ShardSet.open(config.data.dir, store=data_store(config.data))
@@ -142,7 +193,7 @@ def evaluation_of(
         return model, config, shards
 
     model, config, shards = agreed(ranks, read)
-    _check_same(ranks, path, config, shards)
+    _check_same(ranks, saved, config, shards)
     bars = progress_bars and ranks.first
     settings = embedding_settings(config, device=started.device, progress_bars=bars)
     if shards is None:
@@ -169,11 +220,10 @@ def evaluation_of(
     )
 
 
-def _check_same(ranks: Ranks, path: Path, config: Config, shards: ShardSet | None) -> None:
+def _check_same(ranks: Ranks, saved: SavedModel, config: Config, shards: ShardSet | None) -> None:
     """Ranks that embed with other weights, settings or data would rank a mixture."""
-    manifest = (checkpoint.find_checkpoint(path) / checkpoint.MANIFEST).read_bytes()
     facts = {
-        "checkpoint": hashlib.sha256(manifest).hexdigest()[:12],
+        "checkpoint": saved.digest()[:12],
         "configuration": hashlib.sha256(resolved_yaml(config).encode()).hexdigest()[:12],
         "data (manifest)": "tars" if shards is None else shards.manifest.digest()[:12],
     }

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gcahng.generation import ConstantClassifier, Synthesis
 from gcahng.generation.interpolation import Interpolation, distance, positive_distances
@@ -27,6 +26,7 @@ from gcahng.graph import Coefficients, PairPlan, UnitCoefficients
 from gcahng.graph.coefficients import TableCoefficients
 from gcahng.graph.edge_layout import ChunkRows, edge_layout
 from gcahng.graph.pairs import PairChunk, ends
+from gcahng.losses import select_triplets
 
 # Distances: 16 bins per octave, what lies outside counts in the first or last one. The scale of embeddings is free.
 FIRST_OCTAVE, LAST_OCTAVE, BINS_PER_OCTAVE = -6, 10, 16
@@ -39,10 +39,6 @@ COEFFICIENT_EDGES = tuple(k / COEFFICIENT_BINS for k in range(COEFFICIENT_BINS +
 FIRST_SPREAD_OCTAVE, SPREAD_BINS_PER_OCTAVE = -20, 32
 SPREAD_BINS = (-1 - FIRST_SPREAD_OCTAVE) * SPREAD_BINS_PER_OCTAVE
 QUANTILES = {"q25": 0.25, "median": 0.5, "q75": 0.75}
-# A same-class image that is more similar is taken as the same image.
-DUPLICATE_SIMILARITY = 0.9999
-# Similarities of so many numbers are computed at once.
-SIMILARITIES = 1 << 24
 NEVER = float("-inf")
 DIGITS = 9
 
@@ -52,26 +48,15 @@ Reduce = Callable[[Tensor], Tensor]
 def hard_negative_ratio(z: Tensor, labels: Tensor) -> Tensor:
     """Share of anchors whose most similar sample of another class is more similar than that of their own: a scalar.
 
-    Cosine similarities; the anchor itself and duplicates of it (above 0.9999) are no positives. Anchors without a
-    positive or without a negative do not count; NaN if none counts.
+    The triplets are those of the losses `hn` and `sct` (`gcahng.losses.select_triplets`), whatever the metric loss:
+    anchors without a positive or a negative do not count; NaN if none counts.
 
     Args:
         z: (B, D) embeddings.
         labels: (B,) in any order.
     """
-    unit = F.normalize(z.detach(), dim=1, eps=1e-12)
-    number = torch.arange(len(unit), device=unit.device)
-    hard, valid = unit.new_zeros(2, dtype=torch.float64).unbind()
-    for rows in number.split(max(1, SIMILARITIES // len(unit))):
-        similarity = unit[rows] @ unit.t()
-        same = labels[rows][:, None] == labels
-        usable = same & (rows[:, None] != number) & (similarity <= DUPLICATE_SIMILARITY)
-        positive = similarity.masked_fill(~usable, NEVER).amax(1)
-        negative = similarity.masked_fill(same, NEVER).amax(1)
-        counts = (positive > NEVER) & (negative > NEVER)
-        valid = valid + counts.sum()
-        hard = hard + (counts & (negative > positive)).sum()
-    return hard / valid
+    triplets = select_triplets(z.detach(), labels, check_values=False)
+    return triplets.hard.sum(dtype=torch.float64) / triplets.valid.sum()
 
 
 class HardnessRecord:

@@ -2,18 +2,31 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
 from gcahng.components import load_component
 from gcahng.errors import ConfigError
-from gcahng.losses import NPairLoss, NPairPlusLoss, ProxyAnchorLoss
+from gcahng.losses import (
+    HardNegativeLoss,
+    NPairLoss,
+    NPairPlusLoss,
+    ProxyAnchorLoss,
+    SelectivelyContrastiveLoss,
+    SemiHardNegativeLoss,
+)
 from gcahng.training.config import LossConfig
+from gcahng.training.mined_loss import build_mined_loss
+from gcahng.training.pml_objects import Known, is_pml
 
 _LOSSES: dict[str, Callable[..., nn.Module]] = {
     "n_pair": NPairLoss,
     "n_pair_plus": NPairPlusLoss,
     "proxy_anchor": ProxyAnchorLoss,
+    "hn": HardNegativeLoss,
+    "shn": SemiHardNegativeLoss,
+    "sct": SelectivelyContrastiveLoss,
 }
 
 
@@ -21,10 +34,19 @@ def build_metric_loss(config: LossConfig, num_classes: int, embedding_dim: int) 
     """The metric loss; N and D are passed to losses whose constructor asks for them by name.
 
     Raises:
-        ConfigError: The loss refuses its arguments, or a dotted path does not load.
+        ConfigError: The loss or its miner refuses its arguments, a name or a dotted path does not load, or loss and
+            miner do not go together.
     """
+    if is_pml(config.metric) or config.miner is not None:
+        own = partial(_build_own, config)
+        return build_mined_loss(config, own, Known(num_classes, embedding_dim))
+    return _build_own(config, Known(num_classes, embedding_dim))
+
+
+def _build_own(config: LossConfig, given: Known) -> nn.Module:
+    """A loss of this project, or the user's own by its dotted path."""
     factory = _LOSSES.get(config.metric) or load_component(config.metric)
-    known = {"num_classes": num_classes, "embedding_dim": embedding_dim}
+    known = {"num_classes": given.num_classes, "embedding_dim": given.embedding_dim}
     try:
         wanted = inspect.signature(factory).parameters
     except (TypeError, ValueError) as error:

@@ -13,11 +13,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from gcahng.data.ranks import rank_sizes
 from gcahng.distributed.shard_states import check_by_entry, is_sharded
 from gcahng.errors import ConfigError
+from gcahng.generation.generated_losses import GeneratorFactors
+from gcahng.generation.generator import FeatureGenerator
 from gcahng.graph import GraphNetwork
 from gcahng.models import Embedder, build_embedder
 from gcahng.random import stream_key
 from gcahng.training.backend import Backend
 from gcahng.training.config import Config, ModelConfig
+from gcahng.training.generator_passes import GeneratorSettings
 from gcahng.training.launched import Launched
 from gcahng.training.make_backend import make_backend
 from gcahng.training.metric_losses import build_metric_loss
@@ -32,6 +35,7 @@ OPTIMIZER_OF = {
     "graph": "graph",
     NODE_CLASSIFIER: "graph",
     "classifier": "classifier",
+    "generator": "generator",
 }
 _CLIPPED = ("metric_model", "graph", NODE_CLASSIFIER)
 
@@ -102,8 +106,18 @@ def module_makers(config: Config, num_classes: int, *, load_weights: bool = True
         load_weights: Whether to load the backbone's published or local weights.
     """
     dim = config.model.embedding_dim
+    widths: list[int] = []  # of the features, once the metric model is there
+
+    def metric_model() -> nn.Module:
+        model = build_metric_model(config.model, load_weights=load_weights)
+        widths.append(model.backbone.num_features)
+        return model
+
+    def num_features() -> int:
+        return widths[0] if widths else _num_features(config.model)
+
     makers: dict[str, Callable[[], nn.Module]] = {
-        "metric_model": lambda: build_metric_model(config.model, load_weights=load_weights),
+        "metric_model": metric_model,
         "metric_loss": lambda: build_metric_loss(config.loss, num_classes, dim),
     }
     if config.graph.enabled:
@@ -121,8 +135,19 @@ def module_makers(config: Config, num_classes: int, *, load_weights: bool = True
             edge_aggregation=config.graph.edge_aggregation,
         )
     if config.generation.enabled:
-        makers["classifier"] = lambda: nn.Linear(dim, num_classes)
+        by_generator = config.generation.method == "generator"
+        by_features = by_generator and config.generation.generator.classify == "features"
+        makers["classifier"] = lambda: nn.Linear(num_features() if by_features else dim, num_classes)
+        if by_generator:
+            hidden = config.generation.generator.hidden
+            makers["generator"] = lambda: FeatureGenerator(dim, num_features(), hidden)
     return {name: partial(_seeded, config.seed, name, make) for name, make in makers.items()}
+
+
+def _num_features(config: ModelConfig) -> int:
+    """Channels of the pooled features: of a backbone built for that alone."""
+    with torch.random.fork_rng(devices=[]):  # the part that asks draws its own weights
+        return build_metric_model(config, load_weights=False).backbone.num_features
 
 
 def build_parts(
@@ -174,6 +199,7 @@ def build_step(
         "num_samples": config.batch.num_samples,
         "generate": config.generation.enabled,
         "channel_coefficients": config.generation.coefficients == "channel",
+        "fusion": config.generation.fusion,
         "alpha": config.generation.alpha,
         "beta": config.generation.beta,
         "neighbours": config.graph.neighbours,
@@ -182,6 +208,10 @@ def build_step(
         "classification_weight": weights.classification,
         "similarity_weight": weights.similarity,
         "diversity_weight": weights.diversity * weights.diversity_scale,
+        "generator": GeneratorSettings(
+            GeneratorFactors(config.generation.generator.reconstruction, config.generation.generator.classification),
+            config.generation.generator.classify,
+        ),
         "micro_batch": config.accumulation.micro_batch,
         "microbatch_statistics": config.accumulation.microbatch_statistics,
     }

@@ -14,6 +14,7 @@ from gcahng.models import check_backbone_name
 from gcahng.training import checkpoint
 from gcahng.training.config import Config
 from gcahng.training.data_setup import data_store
+from gcahng.training.mined_loss import check_loss_name
 from gcahng.training.parts import choose_device
 
 
@@ -45,7 +46,9 @@ def _checks(config: Config, starts_anew: bool) -> Iterator[Callable[[], object]]
     yield lambda: choose_device(config.train.device)
     if config.graph.enabled:
         yield lambda: _graph_backend(config)
-    own = [config.loss.metric, config.batch.sampler]
+    yield lambda: check_loss_name("loss.metric", config.loss.metric)
+    yield lambda: check_loss_name("loss.miner", config.loss.miner)
+    own = [config.batch.sampler]
     optim = config.optim
     own += [part.name for part in (optim.metric_model, optim.graph, optim.classifier, optim.proxies)]
     for path in own:

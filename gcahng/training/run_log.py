@@ -93,6 +93,12 @@ class NoLog:
         """Nothing is open."""
 
 
+def beside_the_bar(values: Mapping[str, float]) -> dict[str, str]:
+    """What a progress bar shows of a logged step: its loss and, where negatives are generated, the pull factor."""
+    shown = {"loss": f"{values['total_loss']:.3f}"}
+    return shown | ({"pull": f"{values['pull_factor']:.3g}"} if "pull_factor" in values else {})
+
+
 def _await_next_second(folder: Path) -> None:
     """Wait until a new event file sorts behind those of `folder`.
 

@@ -94,8 +94,9 @@ def shard_part(name: str, module: nn.Module, ranks: Ranks) -> dict[str, nn.Modul
         return {name: module}
     # A subclass may use its proxies in other ways.
     if type(module) is not ProxyAnchorLoss:
+        loss = getattr(module, "name", type(module).__name__)
         raise ConfigError(
-            f"`distributed.shard_classes` cannot spread the parameters of loss.metric {type(module).__name__} over "
+            f"`distributed.shard_classes` cannot spread the parameters of loss.metric {loss} over "
             "ranks: expected proxy_anchor or a loss without parameters. Set it to false, or use such a loss."
         )
     return {name: ShardedProxyAnchorLoss(module, ranks)}

@@ -7,7 +7,8 @@
      moved: J_gen = 1/2 (w_cls J_cls + w_sim J_sim + w_div J_div), move the graph network.
 
 Each graph parameter that a pass does not reach stays as it is in that pass (`PassGate`). Without a graph or without
-generation the phases shrink to what is left; a metric-loss baseline is phase 1 with J_m alone.
+generation the phases shrink to what is left; a metric-loss baseline is phase 1 with J_m alone. With a part "generator"
+(`generator_passes`) J_syn is of generated negatives, and phase 3 moves the generator.
 
 With several ranks each embeds its own images and everything behind runs on the gathered global batch: block pairs are
 shared out, the rest is computed by every rank alike (the gradient rule: `gcahng.distributed`). One rank runs the same.
@@ -21,7 +22,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -37,11 +38,12 @@ from gcahng.graph.edge_layout import edge_layout
 from gcahng.graph.neighbours import neighbour_plan
 from gcahng.graph.pairs import class_major_plan
 from gcahng.layout import BatchLayout
-from gcahng.random import mixing_weights, stream_key
+from gcahng.random import mixing_weights, picking_weights, stream_key
 from gcahng.training.accumulation import cached_embeddings, check_accumulation
 from gcahng.training.averages import EpochAverages
 from gcahng.training.backend import Backend
 from gcahng.training.finite_checks import finite_rows
+from gcahng.training.generator_passes import GeneratorBatch, GeneratorPasses, GeneratorSettings
 from gcahng.training.graph_passes import Judge, generation, node_and_synthetic
 from gcahng.training.hardness import HardnessRecord
 from gcahng.training.sharded_parts import class_loss, constant_classifier
@@ -58,12 +60,14 @@ class StepSettings:
         num_samples: K.
         generate: Whether synthetic negatives take part.
         channel_coefficients: Take them from the graph; False: one coefficient 1 for all channels.
+        fusion: "mix" a class's K interpolations with random weights, or "pick" one of them at random.
         alpha: Hardness pace.
         beta: Trust pace.
         neighbours: Nearest classes to which an anchor keeps its edges (`gcahng.graph.neighbours`); None: all.
         normalised_distance: The paper's reading of d+ and d-.
         classifier_weight: Factor of the classifier's own cross-entropy.
         classification_weight, similarity_weight, diversity_weight: Factors of J_cls, J_sim and J_div in J_gen.
+        generator: Of the part "generator", which takes single coefficients and every pair.
         micro_batch: Images that the backbone sees at once (`gcahng.training.accumulation`); None: all of a rank.
         microbatch_statistics: Whether its BatchNorms may take their statistics from those.
     """
@@ -72,6 +76,7 @@ class StepSettings:
     num_samples: int
     generate: bool = True
     channel_coefficients: bool = True
+    fusion: Literal["mix", "pick"] = "mix"
     alpha: float = 5.0
     beta: float = 20.0
     neighbours: int | None = None
@@ -80,6 +85,7 @@ class StepSettings:
     classification_weight: float = 20.0
     similarity_weight: float = 20.0
     diversity_weight: float = 0.6
+    generator: GeneratorSettings = GeneratorSettings()
     micro_batch: int | None = None
     microbatch_statistics: bool = False
 
@@ -97,8 +103,8 @@ class TrainingStep:
     ) -> None:
         """
         Args:
-            backend: Holds "metric_model" and "metric_loss", and "graph" and "classifier" where they take part; also
-                "node_classifier" where the graph has none of its own.
+            backend: Holds "metric_model" and "metric_loss", and "graph", "classifier" and "generator" where they take
+                part; also "node_classifier" where the graph has none of its own.
             settings: Constants.
             ranks: All processes of the run.
             class_counts: (W,) classes of a batch that each rank holds (`gcahng.data.ranks.rank_sizes`); one rank alone
@@ -120,6 +126,11 @@ class TrainingStep:
         self.ranks = ranks
         self.class_counts = tuple(class_counts or ())
         self.has_graph = backend.has("graph")
+        self.generator: GeneratorPasses | None = None
+        if backend.has("generator"):
+            micro_batch, own_statistics = settings.micro_batch, settings.microbatch_statistics
+            known = (backend, settings.generator, ranks, self.class_counts, micro_batch, own_statistics)
+            self.generator = GeneratorPasses(*known)
         self.graph_generates = self.has_graph and settings.generate and settings.channel_coefficients
 
     def __call__(
@@ -143,8 +154,8 @@ class TrainingStep:
             mixing: (K, K-1) mixing weights for "metric" and "generation", in place of drawn ones.
             record: Takes the hardness of the batch, on all ranks or on none; nothing of the training depends on it.
         Returns:
-            Detached losses and weights by name: all of the global batch, the same on every rank; with `record` also
-            "hard_negative_ratio".
+            Detached losses and weights by name: all of the global batch, the same on every rank; what the metric loss
+            measures of it; with `record` also "hard_negative_ratio", unless the loss has measured that.
         Raises:
             InputError: The labels are not group-major, or a rank's part of the batch is not as planned.
             NotFinite: An embedding, a loss or a gradient is not finite, here or, where the backend's checks are
@@ -156,24 +167,26 @@ class TrainingStep:
         rule = Interpolation(self.settings.alpha, averages.metric_loss, self.settings.normalised_distance)
 
         # Phase 1
-        own = self._embed(images).to(_loss_dtype(images))
+        generated = None if self.generator is None else self.generator.embed(images, _loss_dtype(images))
+        own = self._embed(images).to(_loss_dtype(images)) if generated is None else generated.own
         labels = exchange.labels()
         require_group_major(labels, self.settings.num_samples)
         labels = labels.to(images.device, non_blocking=True)
         z = self.ranks.gather(own, self.class_counts)
         checks.embeddings(z, self.ranks.gather(_whole_rows(images, own), self.class_counts))
         plan = self._plan(z)
-        report = self._metric_pass(z, labels, plan, rule, averages, step, mixing)
+        report = self._metric_pass(z, generated, labels, plan, rule, averages, step, mixing)
         z = z.detach()
         if record is not None:
-            report["hard_negative_ratio"] = record.take_batch(z, labels, rule, self.settings.num_samples)
-            if not self.settings.generate:
+            ratio = record.take_batch(z, labels, rule, self.settings.num_samples)
+            report.setdefault("hard_negative_ratio", ratio)  # a loss that measures it means its own triplets
+            if generated is not None or not self.settings.generate:
                 record.take_negatives(z, plan, rule, self.settings.num_samples)
         if self.settings.generate:
             # Phase 2
-            report |= self._classifier_pass(z, labels)
+            report |= self._classifier_pass(z if generated is None else generated.classified(z), labels)
             # Phase 3
-            report |= self._generation_pass(z, labels, plan, rule, step, mixing, record)
+            report |= self._generation_pass(z, generated, labels, plan, rule, step, mixing, record)
         averages.add(report["metric_loss"], report.get("generation_loss"))
         checks.end()
         return report
@@ -188,6 +201,7 @@ class TrainingStep:
     def _metric_pass(
         self,
         z: Tensor,
+        generated: GeneratorBatch | None,
         labels: Tensor,
         plan: PairPlan,
         rule: Interpolation,
@@ -212,7 +226,9 @@ class TrainingStep:
         if "node_features" in report:  # the node classifier is a part of its own
             features = report.pop("node_features")
             report["node_loss"] = self.backend.run("node_classifier", class_loss, features, labels)
-        if synthesis is not None and not self.graph_generates:
+        if synthesis is not None and generated is not None:
+            report["synthetic_loss"] = generated.synthetic_loss(z, synthesis)
+        elif synthesis is not None and not self.graph_generates:
             report["synthetic_loss"] = synthetic_loss(z, _unit_coefficients(plan), synthesis, reduce=self.ranks.sum)
         total = metric_loss
         if "node_loss" in report:
@@ -237,6 +253,7 @@ class TrainingStep:
     def _generation_pass(
         self,
         z: Tensor,
+        generated: GeneratorBatch | None,
         labels: Tensor,
         plan: PairPlan,
         rule: Interpolation,
@@ -244,8 +261,13 @@ class TrainingStep:
         mixing: Mapping[str, Tensor] | None,
         record: HardnessRecord | None,
     ) -> dict[str, Tensor]:
+        synthesis = self._synthesis(z, rule, step, GENERATION, mixing)
+        if generated is not None:
+            found = generated.generation(z, labels, synthesis)
+            self._move(found["generation_loss"], ("generator",), GENERATION)
+            return {name: value.detach() for name, value in found.items()}
         judge = Judge(
-            self._synthesis(z, rule, step, GENERATION, mixing),
+            synthesis,
             lambda: constant_classifier(self.backend.module("classifier"), self.backend.matmul_dtype),
             labels[: labels.numel() // self.settings.num_samples],
             LossFactors(
@@ -291,13 +313,10 @@ class TrainingStep:
 
     @contextmanager
     def _drawing_alike(self, device: torch.device, step: int) -> Iterator[None]:
-        """Within it, torch's generators give the same on all ranks: every rank computes the loss of the same batch.
+        """Within it, torch's generators give the same on all ranks, however many: each computes the same batch's loss.
 
         Before and after they are each rank's own, as its images ask for.
         """
-        if self.ranks.size == 1:
-            yield
-            return
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(stream_key(self.settings.seed, "metric_loss", step) >> 1)
             yield
@@ -321,7 +340,8 @@ class TrainingStep:
     ) -> Synthesis:
         num_samples = self.settings.num_samples
         if mixing is None:
-            weights = mixing_weights(
+            draw = picking_weights if self.settings.fusion == "pick" else mixing_weights
+            weights = draw(
                 num_samples,
                 seed=self.settings.seed,
                 step=step,

@@ -38,7 +38,8 @@ from gcahng.training.hardness import HardnessRecord
 from gcahng.training.launched import Launched
 from gcahng.training.memory import peak_memory_bytes
 from gcahng.training.parts import build_parts, build_step
-from gcahng.training.run_log import NoLog, RunLog
+from gcahng.training.pull_hint import PullHint
+from gcahng.training.run_log import NoLog, RunLog, beside_the_bar
 from gcahng.training.run_start import alone, start_run
 from gcahng.training.run_state import load_optimizers, load_schedules, schedule_states, whole_states
 from gcahng.training.sharded_parts import saved_with
@@ -118,12 +119,13 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the last epoch and return what `results.json` holds."""
         resumed = self.progress.step if self._resume_from is not None else None
+        pull_hint = PullHint(self.config)
         with agreed(self.ranks, lambda: self._open_folder(resumed)) as run_log:
             if resumed is not None and self._evaluation_is_due():  # the run ended in it
                 self._evaluate_and_save(run_log)
             for epoch in range(self.progress.epoch, self.config.train.epochs):
                 self._train_epoch(epoch, run_log)
-                self.averages.end_epoch()
+                pull_hint.end_epoch(self.averages, epoch)
                 for schedule in self.parts.schedules.values():
                     schedule.step()
                 self.progress.epoch = epoch + 1
@@ -180,7 +182,7 @@ class Trainer:
                     self._clock.settle()
                 if values is not None:
                     self._log_step(values, epoch, run_log)
-                    bar.set_postfix(loss=f"{values['total_loss']:.3f}", refresh=False)
+                    bar.set_postfix(beside_the_bar(values), refresh=False)
                 bar.update()
                 started = time.perf_counter()
                 if number >= total:

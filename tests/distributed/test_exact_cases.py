@@ -59,6 +59,7 @@ IMPOSSIBLE = {
     ("backend", "scatter", "neighbours", 2),
     ("generate", False, "channel", False),
     ("generate", False, "normalised_distance", True),
+    ("generate", False, "fusion", "pick"),
     ("node_propagation", False, "edge_to_node", False),
     ("node_propagation", False, "edge_aggregation", "mean"),
     ("node_propagation", False, "edge_aggregation", "scaled"),

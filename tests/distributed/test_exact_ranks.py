@@ -92,8 +92,8 @@ def check_sums(reports: list[Report]) -> None:
         assert report.sums.tried == (reports[0].sums or report.sums).tried
         modules = {name.split(".")[0] for name in report.sums.tried}
         assert modules >= {
-            "batch_norm", "diversity", "edge_moments", "generation_loss", "network", "pair_attention", "read_out",
-            "synthetic_loss",
+            "batch_norm", "diversity", "edge_moments", "generation_loss", "hard_triplets", "network", "pair_attention",
+            "read_out", "synthetic_loss",
         }  # fmt: skip
         assert sum("gradient not summed" in name for name in report.sums.tried) >= 3
 

@@ -5,6 +5,7 @@ import torch
 
 from gcahng.errors import InputError
 from gcahng.generation import fusion_shares
+from gcahng.random import picking_weights
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 4, 6])
@@ -26,6 +27,23 @@ def test_weights_of_one_and_zero_pick_a_group() -> None:
     # Weight 1 keeps what was fused so far, weight 0 takes the new group alone.
     weights = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     assert fusion_shares(weights).tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
+
+
+@pytest.mark.parametrize("num_samples", [2, 3, 6])
+def test_picking_weights_give_shares_of_one_group(num_samples: int) -> None:
+    found = torch.zeros(num_samples, num_samples)
+    for step in range(60):
+        weights = picking_weights(num_samples, seed=1, step=step, phase="generation", dtype=torch.float64)
+        shares = fusion_shares(weights)
+        assert shares.sort(1).values.tolist() == [[0.0] * (num_samples - 1) + [1.0]] * num_samples
+        points = torch.randn(num_samples, generator=torch.Generator().manual_seed(step), dtype=torch.float64).tolist()
+        for anchor_group, row in enumerate(weights.tolist()):
+            fused = points[0]
+            for weight, point in zip(row, points[1:], strict=True):
+                fused = point + weight * (fused - point)
+            assert fused == pytest.approx(points[int(shares[anchor_group].argmax())], rel=1e-12)
+        found += shares
+    assert bool((found > 0).all())
 
 
 def test_fusion_by_hand() -> None:

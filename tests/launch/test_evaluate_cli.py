@@ -183,7 +183,7 @@ def test_what_cannot_be_evaluated(command_line, run_dir, launch_shards, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of the arguments --run --checkpoint is required"),
+        ([], "one of the arguments --run --checkpoint --released is required"),
         (["--run", "a", "--checkpoint", "b"], "--checkpoint: not allowed with argument --run"),
         (["--run", "a", "--which", "first"], "--which: invalid choice: 'first'"),
         (["--run", "a", "--ks", "1;2"], "--ks: expected whole numbers as in 1,10,100, got '1;2'"),

@@ -1,5 +1,7 @@
 """What the SLURM scripts start, with stand-ins for `srun` and Python: no SLURM needed (with one: tests/slurm)."""
 
+import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -120,7 +122,28 @@ def test_an_evaluation_takes_the_processes_of_training(job: Job) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("script", ["train.sh", "eval.sh", "convert.sh"])
+def test_each_task_of_a_tables_array_takes_its_line(job: Job) -> None:
+    """Words with blanks and other letters stay whole; a run that another process holds is left to it."""
+    run_dir = str(job.folder / "é 1")
+    lines = [["other", "--quiet"], [run_dir, "--config", job.config, "loss.args={scale: 3}", f'run.dir="{run_dir}"']]
+    runs = job.folder / "list.jsonl"
+    runs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # The stand-in for Python lists what would be launched, but reads the list for real.
+    done = job.submit("tables.sh", str(runs), SLURM_ARRAY_TASK_ID="1")
+    assert done.returncode == 0, done.stderr
+    first, *words = done.stdout.splitlines()
+    assert first.endswith(f"run {run_dir}, logs in {run_dir}/slurm")
+    assert words[words.index("launch/train.py") :] == ["launch/train.py", *lines[1][1:], "threads 6"]
+    with open(f"{run_dir}.log", "ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = job.submit("tables.sh", str(runs), SLURM_ARRAY_TASK_ID="1")
+    assert done.returncode == 0 and done.stdout == f"{run_dir} is being trained by another process; nothing to do\n"
+    for task, words_of_error in (("2", "has no run number 2."), ("", "expected a list of runs and a task of an array")):
+        done = job.submit("tables.sh", str(runs), SLURM_ARRAY_TASK_ID=task)
+        assert done.returncode == 2 and words_of_error in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.sh", "eval.sh", "convert.sh", "tables.sh"])
 def test_a_job_from_another_folder_says_so(job: Job, script: str) -> None:
     done = job.submit(script, "x", GCAHNG_HOME=str(job.folder))
     assert done.returncode == 2 and done.stdout == ""

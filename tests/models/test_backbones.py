@@ -5,7 +5,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from torchvision.models import googlenet
+from torchvision.models import GoogLeNet_Weights, googlenet
 
 import gcahng.models.googlenet as googlenet_module
 from gcahng.errors import ConfigError, InputError
@@ -115,7 +115,7 @@ def test_pretrained_without_network(offline):
 
 
 def test_pretrained_googlenet_without_network(offline, monkeypatch):
-    weights = googlenet_module.GoogLeNet_Weights.IMAGENET1K_V1
+    weights = GoogLeNet_Weights.IMAGENET1K_V1
     address = "http://127.0.0.1:9/googlenet-00000000.pth"
     monkeypatch.setattr(
         weights,

@@ -55,8 +55,12 @@ PARTS = {
     "gcahng.training": Part(own=(*MATHS, "gcahng.models", "gcahng.data", "gcahng.distributed")),
     "gcahng.search": Part(own=(*MATHS, "gcahng.models", "gcahng.data", "gcahng.distributed", "gcahng.training")),
     "gcahng.export": Part(own=(*MATHS, "gcahng.models", "gcahng.data", "gcahng.distributed", "gcahng.training")),
+    "gcahng.compat": Part(own=(*MATHS, "gcahng.models", "gcahng.data", "gcahng.distributed", "gcahng.training")),
     "gcahng.report": Part(
         own=(*MATHS, "gcahng.models", "gcahng.data", "gcahng.distributed", "gcahng.training", "gcahng.search")
+    ),
+    "gcahng.tables": Part(
+        own=(*MATHS, "gcahng.models", "gcahng.data", "gcahng.distributed", "gcahng.training", "gcahng.report")
     ),
     "launch": Part(own=("gcahng",)),
     "shards": Part(own=("gcahng",)),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+FOLDERS = ("configs", "configs/ablations", "configs/losses", "configs/sct")
 
 
 def opening_fault(path: Path, root: Path) -> str | None:
@@ -19,8 +20,8 @@ def opening_fault(path: Path, root: Path) -> str | None:
 
 
 def test_every_configuration_opens_with_its_launch_command() -> None:
-    paths = sorted((ROOT / "configs").glob("*.yaml"))
-    assert paths, "no configuration found"
+    paths = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.yaml"))]
+    assert {path.parent for path in paths} == {ROOT / folder for folder in FOLDERS}, "no configuration found"
     assert [fault for path in paths if (fault := opening_fault(path, ROOT))] == []
 
 

@@ -209,6 +209,8 @@ def test_mean_and_spread() -> None:
         ),
         ({"graph__node_propagation": False}, "GCA-HNG without global correlations"),
         ({"graph__edge_to_node": False}, "GCA-HNG without edge to node"),
+        ({"generation__fusion": "pick"}, "GCA-HNG without random weighting"),
+        ({"generation__weights__similarity": 0.0}, "GCA-HNG without similarity loss"),
     ],
 )
 def test_method_is_named(overrides: dict[str, Any], name: str) -> None:

@@ -37,7 +37,7 @@ def test_help_lists_every_source_in_one_line(
         main(["--help"])
     assert stop.value.code == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    names = ["cub", "cars", "sop", "inshop", "hotel50k", "csv", "folder", "glyphs", "custom"]
+    names = ["cub", "cars", "sop", "inshop", "hotel50k", "omniglot", "csv", "folder", "glyphs", "custom"]
     assert [kind.name for kind in KINDS] == names
     for kind in KINDS:
         assert f"{kind.name} {kind.summary}" in lines
@@ -51,6 +51,7 @@ def test_help_lists_every_source_in_one_line(
         ("sop", ["Ebay_train.txt", "Ebay_test.txt"]),
         ("inshop", ["list_eval_partition.txt", "Img/img/", "--image-folder"]),
         ("hotel50k", ["train_set.csv", "test_set.csv", "hotel_info.csv", "chain_info.csv", "images/test/unoccluded"]),
+        ("omniglot", ["<alphabet>/character<number>/*.png", "--train-alphabets", "--rotations"]),
         ("csv", ["is_gallery", "--column", "--split", "--images", "--delimiter"]),
         ("folder", ["{train,test,query,gallery}", "--test-share"]),
         ("glyphs", ["--min-faces", "--identical"]),

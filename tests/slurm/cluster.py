@@ -91,12 +91,12 @@ class Cluster:
             raise ClusterError(f"{' '.join(command)}: {done.stderr}")
         return int(done.stdout.split(";")[0])
 
-    def state(self, job: int) -> str:
-        """A job's state, COMPLETED say."""
+    def state(self, job: int | str) -> str:
+        """A job's state, COMPLETED say; of one task of an array, JOB_TASK."""
         text = self._ask("scontrol", "show", "job", str(job))
         return next(word.removeprefix("JobState=") for word in text.split() if word.startswith("JobState="))
 
-    def wait(self, job: int, limit: float) -> str:
+    def wait(self, job: int | str, limit: float) -> str:
         """The state in which a job ended.
 
         Raises:

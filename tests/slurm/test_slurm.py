@@ -22,6 +22,13 @@ SHORTER = ("train.epochs=2", "train.log_every=1", "train.max_steps_per_epoch=8",
 # part at once by that much. At the demonstration's 3e-3 the fifth losses of one and two processes differ by 3e-2.
 SLOWER = tuple(f"optim.{part}.lr=3.0e-5" for part in ("metric_model", "graph", "classifier"))
 CLASSES = 140
+SITE_VARIABLES = {
+    "GCAHNG_PYTHON": sys.executable,
+    "GCAHNG_HOME": str(ROOT),
+    "MASTER_ADDR": "127.0.0.1",
+    "ACCELERATE_USE_CPU": "true",
+    "OMP_NUM_THREADS": "1",
+}
 
 pytestmark = [
     pytest.mark.slurm,
@@ -44,14 +51,7 @@ class Site:
     def run(self, *arguments: str, **variables: str) -> str:
         """Submit a job, wait for its end, and return what it printed."""
         out = self.folder / f"job-{len(list(self.folder.glob('job-*')))}.out"
-        environment = {
-            "GCAHNG_PYTHON": sys.executable,
-            "GCAHNG_HOME": str(ROOT),
-            "MASTER_ADDR": "127.0.0.1",
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-        }
-        job = self.cluster.submit([f"--output={out}", *arguments], environment | variables, cwd=ROOT)
+        job = self.cluster.submit([f"--output={out}", *arguments], SITE_VARIABLES | variables, cwd=ROOT)
         state = self.cluster.wait(job, JOB_LIMIT_S)
         logs = "".join(file.read_text() for file in sorted(self.folder.glob(f"*/slurm/{job}-*.log")))
         assert state == "COMPLETED", f"job {job} {state}\n{out.read_text()}\n{logs}\n{self.cluster.logs()}"
@@ -120,6 +120,36 @@ def test_an_array_trains_one_run_per_seed_and_evaluates_it(site: Site) -> None:
     got, want = (_means(text) for text in (on_two_nodes, printed))
     # Embeddings of other batches round otherwise, which may move a neighbour.
     assert got == pytest.approx(want, abs=1.0) and "MAP@R" in want
+
+
+def test_a_table_is_an_array_of_runs(site: Site) -> None:
+    """`launch/tables.py submit` with the real sbatch; what it prints names the job, what it trained is collected."""
+    spec = site.folder / "table.yaml"
+    spec.write_text(
+        f"{{title: T, config: {ROOT}/configs/demo.yaml, data_sets: [glyphs], metrics: [MAP@R], seeds: [0, 1], rows: ["
+        "{name: Baseline, overrides: [graph.enabled=false, generation.enabled=false]}]}"
+    )
+    settings = [*SHORTER, "train.epochs=1", "train.max_steps_per_epoch=1"]
+    options = ["--data", f"glyphs={site.data}", "--set", *settings, "--out", f"{site.folder}/tables"]
+    command = [sys.executable, "launch/tables.py"]
+    environment = site.cluster.environment | SITE_VARIABLES
+    submitted = subprocess.run(
+        [*command, "submit", str(spec), *options, "--sbatch", f"--output={site.folder}/table-%a.out"],
+        cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=60,
+    ).stdout  # fmt: skip
+    assert submitted.startswith("sbatch --array=0-1 ")
+    job = int(submitted.split()[-1])
+    for task in (f"{job}_0", f"{job}_1"):
+        state = site.cluster.wait(task, JOB_LIMIT_S)
+        logs = "".join(file.read_text() for file in sorted(site.folder.glob("tab*/**/*.log")))
+        assert state == "COMPLETED", f"{task} {state}\n{logs}"
+    collected = subprocess.run(
+        [*command, "collect", str(spec), *options, "--json", f"{site.folder}/t.json"],
+        cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=60,
+    ).stdout  # fmt: skip
+    assert "not run" not in collected
+    (cell,) = json.loads((site.folder / "t.json").read_text())["table"]["cells"]
+    assert [run["seed"] for run in cell["runs"]] == [0, 1]
 
 
 def test_a_missing_configuration_is_one_error(site: Site) -> None:

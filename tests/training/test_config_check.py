@@ -62,7 +62,8 @@ IMPOSSIBLE = [
     ("generation__alpha", -1, "must be at least 0: got -1.0"),
     ("generation__beta", float("nan"), "must be finite: got nan"),
     ("generation__weights__diversity", -1, "generation.weights.diversity (mapping): must be at"),
-    ("loss__metric", "triplet", "must be one of n_pair, n_pair_plus, proxy_anchor, or a dotted"),
+    ("loss__metric", "triplet", "must be one of n_pair, n_pair_plus, proxy_anchor, hn, shn, sct, pml.NAME of"),
+    ("loss__miner", "hard", "must be pml.NAME of pytorch-metric-learning, or a dotted path: got 'hard'"),
     ("optim__graph__name", "adam", "optim.graph.name (mapping): must be one of adamw, sgd, or a"),
     ("optim__graph__lr", 0, "must be above 0: got 0.0"),
     ("optim__graph__lr", float("inf"), "must be finite: got inf"),
@@ -179,6 +180,27 @@ RELATED = [
         "loss.metric (mapping): the original N-pair loss takes batch.num_samples=2: got 3.",
     ),
     (
+        {"loss__miner": "pml.BatchHardMiner"},
+        "loss.miner (mapping): chooses pairs for a loss `pml.NAME`, or one of your own that takes an `indices_tuple`: "
+        "got 'pml.BatchHardMiner' for loss.metric 'n_pair_plus'. Set it to null, or name such a loss.",
+    ),
+    (
+        {"loss__metric": "pml.NCALoss", "loss__miner_args": {"epsilon": 0.1}},
+        "loss.miner_args (mapping): are the arguments of a miner, but loss.miner is null: got {'epsilon': 0.1}. Name a "
+        "miner, or set them to {}.",
+    ),
+    (
+        {"loss__metric": "pml.CrossBatchMemory", "loss__args": {"loss": "pml.NCALoss"}, "batch__num_classes": 400},
+        "loss.args (mapping): the memory of pml.CrossBatchMemory must hold a batch of 400 x 3 samples: got",
+    ),
+    (
+        {
+            "loss__metric": "pml.MultipleLosses",
+            "loss__args": {"losses": [{"pml.CrossBatchMemory": {"memory_size": 80}}, {"pml.NCALoss": {}}]},
+        },
+        "the memory of pml.CrossBatchMemory must hold a batch of 27 x 3 samples",
+    ),
+    (
         {"data__transform__eval_resize": 100},
         "data.transform (mapping): Transform settings are impossible: `eval_resize` must be at",
     ),
@@ -213,6 +235,11 @@ def test_settings_that_contradict_each_other(settings, message):
         {"eval__protocol": "query_gallery", "eval__galleries": ("g", "h"), "eval__distractor_splits": ("train",)},
         {"eval__distractor_splits": ("train",), "eval__coarse_label": "super_class", "eval__precision_ks": (5,)},
         {"loss__metric": "n_pair", "batch__num_samples": 2},
+        {"loss__metric": "sct"},
+        {"loss__metric": "pml.NCALoss", "loss__miner": "pml.HDCMiner", "loss__miner_args": {"filter_percentage": 0.3}},
+        {"loss__metric": "my.losses:Own", "loss__miner": "my.miners:Own"},
+        {"loss__metric": "pml.CrossBatchMemory", "loss__args": {"memory_size": 81, "loss": {"pml.NCALoss": None}}},
+        {"loss__metric": "pml.CrossBatchMemory"},
         {"seed": 2**63 - 1, "optim__clip_value": None, "data__validation": 0},
     ],
 )

@@ -38,6 +38,7 @@ STEP_TABLE = {
     "sop_dino": (2, 1, 2, 5, 20, 20, 60),
     "inshop_dino": (2, 1, 2, 5, 20, 20, 60),
     "demo": (2, 1, 2, 1, 60, 20, 20),
+    "omniglot": (3, 2, 4, 5, 20, 20, 60),
 }
 LOSSES = {
     "metric_loss",
@@ -114,7 +115,7 @@ def assert_built_as_released(name: str, trainer: Trainer) -> None:
     assert isinstance(graph, GraphNetwork)
     assert (len(graph.node_blocks), len(graph.edge_blocks)) == (layers, layers)
     assert {block.num_heads for block in graph.node_blocks} == {heads}
-    dim = 384 if name.endswith("dino") else 64 if name == "demo" else 512
+    dim = 384 if name.endswith("dino") else 64 if name in ("demo", "omniglot") else 512
     assert (graph.embedding_dim, trainer.parts.metric_model.embedding_dim) == (dim, dim)
     classifier = trainer.parts.modules["classifier"]
     assert (classifier.in_features, classifier.out_features) == (dim, TRAIN_CLASSES)

@@ -179,7 +179,7 @@ def test_no_anchor_has_a_positive(monkeypatch: pytest.MonkeyPatch) -> None:
     assert math.isnan(float(hard_negative_ratio(z, torch.arange(3).repeat(2))))
     z = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
     whole = hard_negative_ratio(z, torch.arange(3).repeat(3))
-    monkeypatch.setattr("gcahng.training.hardness.SIMILARITIES", 20)  # two rows at once
+    monkeypatch.setattr("gcahng.losses.hard_triplets.SIMILARITIES", 20)  # two rows at once
     assert 0 < float(hard_negative_ratio(z, torch.arange(3).repeat(3))) == float(whole)
 
 

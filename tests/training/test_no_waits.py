@@ -25,6 +25,7 @@ CASES = {
     "bf16": Case(dtype=torch.float32, precision="bf16"),
     "without dropout": Case(graph_options={"dropout": 0.0}),
     "sgd, no clipping": Case(optimizer="sgd", clip=None),
+    "picked interpolations": Case(settings={"fusion": "pick"}),
     "paper's distances": Case(settings={"normalised_distance": True}),
 }
 

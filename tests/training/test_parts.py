@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gcahng.errors import ConfigError
+from gcahng.generation.generated_losses import GeneratorFactors
 from gcahng.losses import NPairLoss, NPairPlusLoss, ProxyAnchorLoss
 from gcahng.training.config import Config, LossConfig
+from gcahng.training.generator_passes import GeneratorSettings
 from gcahng.training.metric_losses import build_metric_loss
 from gcahng.training.parts import (
     RunParts,
@@ -196,7 +198,9 @@ def test_factors_reach_the_step() -> None:
         batch__num_samples=3,
         generation__alpha=2.0,
         generation__beta=3.0,
+        generation__fusion="pick",
         generation__normalised_distance=True,
+        generation__generator={"reconstruction": 8.0, "classification": 9.0, "classify": "embeddings"},
         accumulation__micro_batch=3,
         accumulation__microbatch_statistics=True,
         generation__weights={
@@ -214,6 +218,8 @@ def test_factors_reach_the_step() -> None:
         "num_samples": 3,
         "generate": True,
         "channel_coefficients": True,
+        "fusion": "pick",
+        "generator": GeneratorSettings(GeneratorFactors(8.0, 9.0), "embeddings"),
         "alpha": 2.0,
         "beta": 3.0,
         "neighbours": None,

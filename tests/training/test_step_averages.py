@@ -26,6 +26,18 @@ def test_means_are_of_the_previous_epoch_alone() -> None:
     assert (averages.metric_loss, averages.generation_loss) == (5.0, 7.0)
 
 
+def test_each_value_counts_as_at_least_a_millionth() -> None:
+    averages = EpochAverages()
+    for value in (-3.0, 1.0):
+        averages.add(torch.tensor(value), torch.tensor(-abs(value)))
+    averages.end_epoch()
+    assert averages.metric_loss == pytest.approx((1e-6 + 1) / 2, rel=1e-12)
+    assert averages.generation_loss == pytest.approx(1e-6, rel=1e-12)
+    averages.add(torch.tensor(float("nan")), torch.tensor(2.0))
+    averages.end_epoch()
+    assert averages.metric_loss != averages.metric_loss
+
+
 def test_an_epoch_without_steps_or_without_generation_keeps_the_mean() -> None:
     averages = EpochAverages()
     averages.add(torch.tensor(4.0), None)

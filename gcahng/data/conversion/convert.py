@@ -35,6 +35,7 @@ from gcahng.data.shards.skipped import skipped_extra
 from gcahng.data.shards.tar_file import Sample
 from gcahng.data.shards.writer import DEFAULT_SHARD_BYTES, DEFAULT_WINDOW_BYTES, ShardWriter
 from gcahng.data.sources.folder import Folder
+from gcahng.data.sources.omniglot import Omniglot
 from gcahng.data.sources.source import Fault, Listing, Source, SourceItem
 from gcahng.errors import DataError, InputError
 
@@ -88,7 +89,7 @@ def convert(
         if value < 1:
             raise InputError(f"`{name}` must be at least 1, got {value}.")
     options = _Options(seed, workers, shard_bytes, window_bytes, progress, encode, allow_mismatch)
-    if isinstance(source, Folder):
+    if isinstance(source, Folder | Omniglot):
         _require_outside(source.directory, out)
     folder = PartialFolder(Path(out), overwrite)
     try:

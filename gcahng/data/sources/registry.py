@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gcahng.data.sources import cars, csv_file, cub, hotel50k, inshop, sop
+from gcahng.data.sources import cars, csv_file, cub, hotel50k, inshop, omniglot, sop
 from gcahng.data.sources.folder import Folder
 from gcahng.data.sources.glyphs import Glyphs
 from gcahng.data.sources.source import Source, load_source
@@ -28,6 +28,7 @@ class Option:
         choices: Where only some values are allowed.
         required: Whether it must be given.
         pairs: The value is key=value and the option may come several times; `build` gets a dict.
+        switch: It takes no value; `build` gets whether it is there.
     """
 
     flag: str
@@ -38,6 +39,7 @@ class Option:
     choices: tuple[str, ...] | None = None
     required: bool = False
     pairs: bool = False
+    switch: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class SourceKind:
                     metavar="KEY=VALUE",
                     help=f"{option.help}; may come several times",
                 )
+            elif option.switch:
+                parser.add_argument(option.flag, dest=option.keyword, action="store_true", help=option.help)
             else:
                 parser.add_argument(
                     option.flag,
@@ -109,6 +113,10 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _delimiter(text: str) -> str:
     return "\t" if text in ("tab", "\\t") else text
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for part in text.split(",") if (name := part.strip()))
 
 
 def _custom(directory: Path, *, seed: int, path: str, options: dict[str, str]) -> Source:
@@ -154,6 +162,22 @@ KINDS = (
         + "\n\nImages that were not downloaded stop the conversion; --on-error skip counts and lists them.",
         hotel50k.Hotel50K,
         "the folder with input/ and images/",
+    ),
+    SourceKind(
+        "omniglot",
+        "Omniglot: alphabets that you name train, all others test",
+        omniglot.LAYOUT.describe(),
+        omniglot.Omniglot,
+        "the folder of the alphabets, or its zip file",
+        (
+            Option("--train-alphabets", "train_alphabets", "for example Korean,Greek,Latin", _names, (), required=True),
+            Option(
+                "--rotations",
+                "rotations",
+                "training characters turned by 90, 180 and 270 degrees are classes too",
+                switch=True,
+            ),
+        ),
     ),
     SourceKind(
         "csv",
