@@ -8,6 +8,7 @@ import argparse
 import json
 import shlex
 import sys
+import time
 from pathlib import Path
 
 from gcahng.errors import ConfigError
@@ -132,11 +133,12 @@ def _print(collected: list[Collected], options: argparse.Namespace) -> None:
     paired = [differences(found, against) if against else None for found in collected]
     both = list(zip(collected, paired, strict=True))
     print("\n\n".join(as_text(found, by_cell, against) for found, by_cell in both))
+    made = {"date": time.strftime("%Y-%m-%d"), "command": f"python launch/tables.py {shlex.join(sys.argv[1:])}"}
     if options.markdown is not None:
         text = "\n".join(as_markdown(found, by_cell, against) for found, by_cell in both)
-        options.markdown.write_text(text, encoding="utf-8")
+        options.markdown.write_text(f"{text}\n{made['date']}: `{made['command']}`\n", encoding="utf-8")
     if options.json is not None:
-        tree = {found.plan.table.name: as_json(found, by_cell, against) for found, by_cell in both}
+        tree = made | {found.plan.table.name: as_json(found, by_cell, against) for found, by_cell in both}
         options.json.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from gcahng.errors import ConfigError
 from gcahng.tables.settings import compared_settings, local_manifest
-from gcahng.training.checkpoint import CONFIG, STATE
+from gcahng.training.checkpoint import CONFIG, LINKS, STATE
 from gcahng.training.config import Config, load_config
 from gcahng.training.results import evaluation_columns, metric_columns
 from gcahng.training.run_log import METRICS_FILE, read_rows
@@ -86,9 +86,15 @@ def find_runs(roots: Iterable[Path]) -> tuple[list[FoundRun], list[str]]:
 
 
 def _folders(root: Path) -> Iterator[Path]:
-    for path, folders, files in os.walk(root):
+    seen: set[str] = set()
+    for path, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:  # links may lead in circles
+            folders.clear()
+            continue
+        seen.add(real)
         # Checkpoints hold the configuration too.
-        folders[:] = sorted(name for name in folders if not name.startswith("step-") and name != "tensorboard")
+        folders[:] = sorted(n for n in folders if not n.startswith("step-") and n not in (*LINKS, "tensorboard"))
         if CONFIG in files:
             yield Path(path)
 

@@ -37,8 +37,7 @@ def published_values(table: Table, row: Row, data_set: str) -> tuple[tuple[str |
     if paper not in paper_results()["sources"]:
         raise ConfigError(f"`paper: {paper}` is none of {', '.join(paper_results()['sources'])}.")
     tables = [entry for entry in paper_results()["tables"] if (entry["source"], entry["data_set"]) == (paper, data_set)]
-    # The table itself first: others repeat its rows, or have it repeat theirs.
-    for entry in sorted(tables, key=lambda entry: bool(entry["table"] != table.table)):
+    for entry in tables:  # no row stands in two of them
         for method, model, loss, *values in entry["rows"]:
             if (method, model, loss) == (row.method, row.model, row.loss):
                 found = dict(zip(entry["columns"], values, strict=True))

@@ -43,7 +43,8 @@ def missing_runs(tables: Sequence[Collected]) -> list[MissingRun]:
                     titles.append(found.cell.title)
     runs = [MissingRun(tuple(dict.fromkeys(titles)), run) for titles, run in waiting.values()]
     # A seed of every row before the next seed: what is there early can be compared.
-    order = list(dict.fromkeys(missing.run.seed for missing in runs))
+    planned = [run.seed for collected in tables for found in collected.cells for run in found.cell.planned]
+    order = list(dict.fromkeys(planned))
     return sorted(runs, key=lambda missing: order.index(missing.run.seed))
 
 

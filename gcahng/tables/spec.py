@@ -88,7 +88,8 @@ class Table:
         name: Of the spec's file.
         path: The spec.
         title: One line.
-        paper, table: Where published numbers are looked up first; None: nowhere.
+        paper: Where published numbers are looked up, see `gcahng.tables.published`; None: nowhere.
+        table: The paper's table that the numbers in the spec stand in.
         part: Settings of all rows.
         data_sets: In the order of the table.
         metrics: By data set.

@@ -157,7 +157,9 @@ def test_another_setting_is_another_experiment(tiny: Tiny) -> None:
 
 def test_settings_of_absent_parts_do_not_matter(tiny: Tiny) -> None:
     config = tiny.runs / "elsewhere" / "config.yaml"
-    config.write_text(config.read_text().replace("num_layers: 1", "num_layers: 2").replace("alpha: 5.0", "alpha: 1.0"))
+    text = config.read_text().replace("num_layers: 1", "num_layers: 2").replace("alpha: 5.0", "alpha: 1.0")
+    proxies = text.index("  proxies:")
+    config.write_text(text[:proxies] + text[proxies:].replace("lr: 0.01", "lr: 0.5", 1))
     assert row(found(tiny), "Baseline").missing == []
 
 
@@ -168,6 +170,14 @@ def test_a_second_run_of_a_seed_is_not_counted_twice(tiny: Tiny) -> None:
     assert [note.split(": ")[1] for note in baseline.notes] == [
         "seed 0 again; " + str(baseline.results[0].folder) + " is counted"
     ]
+
+
+def test_links_to_folders_are_followed_once(tiny: Tiny) -> None:
+    (tiny.runs / "elsewhere").rename(tiny.folder / "disk")
+    (tiny.runs / "elsewhere").symlink_to(tiny.folder / "disk")
+    (tiny.runs / "circle").symlink_to(tiny.runs)
+    baseline = row(found(tiny), "Baseline")
+    assert [r.seed for r in baseline.results] == [0, 1] and baseline.notes == ()
 
 
 def test_other_seeds_are_named_and_counted_on_request(tiny: Tiny) -> None:

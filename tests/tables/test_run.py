@@ -26,6 +26,11 @@ def test_seeds_come_one_after_the_other_and_shared_runs_once(tiny: Tiny) -> None
         (1, ("Baseline + GNN on folder",)),
     ]
     assert missing_runs([collect(tiny.plan(rows=["Baseline"]), [tiny.runs])]) == []
+    # Seed 0 of any row comes first, also where the first row has it already.
+    elsewhere, graph = tiny.runs / "elsewhere", tiny.planned("Baseline + GNN", 0).folder
+    (elsewhere / "results.json").unlink()
+    (graph / "results.json").unlink()
+    assert [entry.run.seed for entry in missing_runs([collect(tiny.plan(), [tiny.runs])])] == [0, 1, 1]
 
 
 def test_a_failure_keeps_no_other_from_running(tiny: Tiny) -> None:
@@ -104,7 +109,8 @@ def test_the_command_goes_on_with_an_interrupted_run_and_collects(
     assert status == 0 and "1 of 2" in printed and "row minus Baseline" in printed
     cell = json.loads((tiny.folder / "t.json").read_text())["spec"]["cells"][1]
     assert [run["seed"] for run in cell["runs"]] == [0] and cell["difference"]["R@1"]["seeds"] == [0]
-    assert (tiny.folder / "t.md").read_text().startswith("## Tiny\n")
+    markdown = (tiny.folder / "t.md").read_text()
+    assert markdown.startswith("## Tiny\n") and "`python launch/tables.py collect " in markdown.splitlines()[-1]
     status, printed = command("submit", "--sbatch", "--time=5", "--dry-run")
     assert status == 0 and "sbatch --array=0-0 --time=5 slurm/tables.sh" in printed
     with pytest.raises(ConfigError, match="--data takes NAME=DIR: got `data/x`"):

@@ -38,7 +38,7 @@ STEP_TABLE = {
     "sop_dino": (2, 1, 2, 5, 20, 20, 60),
     "inshop_dino": (2, 1, 2, 5, 20, 20, 60),
     "demo": (2, 1, 2, 1, 60, 20, 20),
-    "omniglot": (3, 2, 4, 5, 20, 20, 60),
+    "omniglot": (3, 2, 4, 1, 20, 20, 60),
 }
 LOSSES = {
     "metric_loss",
