@@ -14,6 +14,9 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INPUTS := setup.py pyproject.toml constraints.txt
+# One thread per process. Worksteal: the tests of a file share what they set up, and stay in one process with few
+# exceptions. Compiled tests are kept: to write their asserts anew takes each process 9 seconds.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 .PHONY: demo test test-full test-slurm lint scatter
 .DELETE_ON_ERROR:
@@ -22,11 +25,11 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python -m launch.demo
 
 test: $(VENV)/.installed-test scatter lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # Hours: every combination of the switches on 2, 3 and 4 ranks. In slices: PYTEST_ARGS="-k 'ranks2 and slice00'".
 test-full: $(VENV)/.installed-test scatter
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) -m full $(PYTEST_ARGS)
+	$(PYTEST) -m full $(PYTEST_ARGS)
 
 # Needs root and Debian's slurmctld slurmd slurm-client munge: starts a SLURM of two nodes on this machine.
 test-slurm: $(VENV)/.installed-test

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from gcahng.errors import ConfigError
+from gcahng.errors import ConfigError, InputError
 from gcahng.tables.collect import Collected, collect
 from gcahng.tables.listing import list_text, plan_text
 from gcahng.tables.output import as_json, as_markdown, as_text
@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     here.add_argument("--launcher", help='command that starts launch/train.py (default: this Python), e.g. "torchrun"')
     array = verbs.add_parser("submit", help="submit what is missing as a SLURM array (slurm/tables.sh)")
     array.add_argument("--sbatch", default="", metavar="OPTIONS", help='of sbatch, e.g. "--gpus-per-node=8"')
-    array.add_argument("--at-once", type=int, metavar="N", help="run at most N of them together")
+    array.add_argument("--at-once", type=_count, metavar="N", help="run at most N of them together")
     array.add_argument("--dry-run", action="store_true", help="print the command and write nothing")
     timing = verbs.add_parser("time", help="measure seconds per batch of inference for the finished runs (table 7)")
     timing.add_argument("--batches", type=int, default=NUM_BATCHES, metavar="N", help="batches (default: %(default)s)")
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     found.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found to this file")
     found.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to this file")
     for verb in (here, array):
-        verb.add_argument("--limit", type=int, metavar="N", help="at most N runs")
+        verb.add_argument("--limit", type=_count, metavar="N", help="at most N runs")
     for verb in (show, here, array, timing, found):
         _add_choice(verb)
     return parser.parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
@@ -67,6 +67,16 @@ def _joined(arguments: list[str]) -> list[str]:
     return joined
 
 
+def _count(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on: got `{text}`")
+    return number
+
+
 def _add_choice(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("tables", nargs="+", metavar="TABLE", help="name in configs/tables/, or a spec file")
     verb.add_argument("--rows", nargs="+", default=(), metavar="ROW", help="these rows: names, or parts of labels")
@@ -75,7 +85,7 @@ def _add_choice(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--data", nargs="+", default=(), metavar="NAME=DIR", help="where a data set lies")
     verb.add_argument("--set", nargs="+", default=(), metavar="section.key=value", help="a setting of all runs")
     verb.add_argument("--which", choices=WHICH, help="evaluation of a run that counts (default: as the table says)")
-    verb.add_argument("--runs", nargs="+", type=Path, default=[Path("runs")], metavar="DIR", help="look for runs here")
+    verb.add_argument("--runs", nargs="+", type=Path, metavar="DIR", help="look for runs here (default: runs)")
     verb.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="folder of new runs")
 
 
@@ -111,7 +121,10 @@ def main() -> int:
 def _collected(table: Table, options: argparse.Namespace) -> Collected:
     data = dict(_name_and_folder(text) for text in options.data)
     choice = Choice(options.rows, options.data_sets, options.seeds, data, options.set, options.out)
-    return collect(make_plan(table, choice), options.runs, options.which)
+    absent = [str(folder) for folder in options.runs or () if not folder.is_dir()]
+    if absent:
+        raise ConfigError(f"--runs: there is no folder {', '.join(absent)}. Give the folders that hold run folders.")
+    return collect(make_plan(table, choice), options.runs or [Path("runs")], options.which)
 
 
 def _name_and_folder(text: str) -> tuple[str, str]:
@@ -136,10 +149,18 @@ def _print(collected: list[Collected], options: argparse.Namespace) -> None:
     made = {"date": time.strftime("%Y-%m-%d"), "command": f"python launch/tables.py {shlex.join(sys.argv[1:])}"}
     if options.markdown is not None:
         text = "\n".join(as_markdown(found, by_cell, against) for found, by_cell in both)
-        options.markdown.write_text(f"{text}\n{made['date']}: `{made['command']}`\n", encoding="utf-8")
+        _write(options.markdown, f"{text}\n{made['date']}: `{made['command']}`\n")
     if options.json is not None:
         tree = made | {found.plan.table.name: as_json(found, by_cell, against) for found, by_cell in both}
-        options.json.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write(options.json, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{file} cannot be written: {error.strerror}. Give the path of a file.") from None
 
 
 if __name__ == "__main__":

@@ -52,6 +52,22 @@ class CloseToItsClass(nn.Module):
         return ((anchors - positives).square().sum(1) - (anchors - negatives).square().sum(1) + 1).relu().mean()
 
 
+class ClassWeights(CloseToItsClass):
+    """With an argument for each training class."""
+
+    def __init__(self, num_classes: int, weights: list[float]) -> None:
+        super().__init__()
+        if len(weights) != num_classes:
+            raise ValueError(f"{len(weights)} weights of {num_classes} classes")
+
+
+class Speechless(nn.Module):
+    """A loss that refuses its batch and says nothing."""
+
+    def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: tuple[Tensor, ...]) -> Tensor:
+        raise AssertionError
+
+
 class FirstOfOthers:
     """A miner of one's own: each sample, the next of its class, and a few of other classes by chance."""
 

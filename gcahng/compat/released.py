@@ -68,8 +68,8 @@ class ReleasedModel:
         return _sha256(self.file)
 
     def chosen_on_test(self) -> bool:
-        """GCA-HNG's code saves the epoch of the best test R@1 and no other; SCT's saves the last one."""
-        return self._state.naming.kind == GCA_HNG
+        """See `_chosen_on_test`."""
+        return _chosen_on_test(self._state)
 
     @functools.cached_property
     def _state(self) -> ReleasedState:
@@ -107,11 +107,16 @@ def import_released(file: Path, config_file: Path, run_dir: Path, overrides: Seq
             log.warning("The configuration has no part `%s`: what the file holds of it is kept, unchecked.", part)
     _warn(state, config)
     modules = {**state.parts, **({UNUSED: state.unused} if state.unused else {})}
-    about = {"file": file.name, "sha256": _sha256(file), "naming": dataclasses.asdict(state.naming)}
+    about = {
+        "file": file.name,
+        "sha256": _sha256(file),
+        "naming": dataclasses.asdict(state.naming),
+        checkpoint.CHOSEN_ON_TEST: _chosen_on_test(state),
+    }
     saved: dict[str, Any] = {
         "progress": vars(Progress()),
         "data": {"manifest": None, "classes": None, "num_classes": num_classes},
-        "released": about,
+        checkpoint.RELEASED: about,
     }
     folder = checkpoint.save_checkpoint(
         run_dir, 0, modules=modules, optimizers={}, state=saved, config_yaml=resolved_yaml(config)
@@ -132,7 +137,8 @@ def export_released(path: Path, file: Path) -> list[str]:
         path: Checkpoint folder, a link to one, or a file inside.
         file: `.pth` or `.pt` file to write.
     Returns:
-        The parts that were left out, since the authors' code has no place for some of their entries (proxies, say).
+        The parts that were left out, since the authors' code has no place for some of their entries (proxies, say; a
+        generator, and a classifier of features in place of embeddings).
     Raises:
         ConfigError: There is no checkpoint, the authors' code has no such model, or the file cannot be written.
         DataError: The checkpoint is damaged.
@@ -143,18 +149,27 @@ def export_released(path: Path, file: Path) -> list[str]:
     checkpoint.verify(folder)
     saved = sorted(tensor_file.stem for tensor_file in folder.glob("*.safetensors"))
     parts = {part: checkpoint.read_tensors(folder, part) for part in saved if part != UNUSED}
-    about = checkpoint.read_state(folder).get("released")
-    if about is None:
-        model = load_config(folder / checkpoint.CONFIG).model
-        naming = naming_of_model(model.backbone, model.head)
-    else:
-        naming = _naming_of(about, folder)
+    about = checkpoint.read_state(folder).get(checkpoint.RELEASED)
+    config = load_config(folder / checkpoint.CONFIG)
+    model = config.model
+    naming = naming_of_model(model.backbone, model.head) if about is None else _naming_of(about, folder)
+    without = () if about is not None or not _classifies_features(config) else (CLASSIFIER,)
     left_out = [
-        part for part, tensors in parts.items() if part != METRIC_MODEL and not _has_names(naming, part, tensors)
+        part
+        for part, tensors in parts.items()
+        if part in without or (part != METRIC_MODEL and not _has_names(naming, part, tensors))
     ]
     kept = {part: tensors for part, tensors in parts.items() if part not in left_out}
-    write_released("--out", file, ReleasedState(naming, kept, checkpoint.read_tensors(folder, UNUSED)))
+    state = ReleasedState(naming, kept, checkpoint.read_tensors(folder, UNUSED))
+    write_released("--out", file, state)
+    _warn(state, config)
     return left_out
+
+
+def _classifies_features(config: Config) -> bool:
+    """Whether a run's classifier takes features, as HDML's does; the authors' takes embeddings."""
+    generation = config.generation
+    return generation.method == "generator" and generation.generator.classify == "features"
 
 
 def _has_names(naming: Naming, part: str, names: Iterable[str]) -> bool:
@@ -173,6 +188,11 @@ def _naming_of(about: Any, folder: Path) -> Naming:
         raise DataError(
             f"{folder / checkpoint.STATE}: `released` is damaged ({error}). Import the file again."
         ) from None
+
+
+def _chosen_on_test(state: ReleasedState) -> bool:
+    """GCA-HNG's code saves the epoch of the best test R@1 and no other; SCT's saves the last one."""
+    return state.naming.kind == GCA_HNG
 
 
 def _num_classes(state: ReleasedState) -> int | None:

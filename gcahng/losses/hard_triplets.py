@@ -72,7 +72,8 @@ def select_triplets(
 ) -> Triplets:
     """Choose the positive and the negative of every anchor.
 
-    Differs from the released code in what it cannot take: a similarity of exactly -1 counts there as "no such sample".
+    Differs from the released code in what it cannot take: a similarity of exactly -1 counts there as "no such sample",
+    and a negative of similarity 1 (or more, by rounding) makes the triplet invalid; here it is the hardest one.
     A vector of length 0 has no direction, hence no similarity: it is in no triplet.
 
     Args:

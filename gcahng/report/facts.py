@@ -64,6 +64,8 @@ def method_name(config: Config) -> str:
     graph, generation = config.graph, config.generation
     if not generation.enabled:
         return "Metric loss and graph network" if graph.enabled else "Metric loss alone"
+    if generation.method == "generator":
+        return "Generator-based negatives" + (" and graph network" if graph.enabled else "")
     if not graph.enabled or generation.coefficients == "single":
         return "Single coefficient interpolation"
     parts = (

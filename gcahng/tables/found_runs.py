@@ -93,8 +93,9 @@ def _folders(root: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        # Checkpoints hold the configuration too.
-        folders[:] = sorted(n for n in folders if not n.startswith("step-") and n not in (*LINKS, "tensorboard"))
+        # Checkpoints hold the configuration too. Elsewhere `best` may be the name of a run.
+        passed_over = (*LINKS, "tensorboard") if CONFIG in files else ()
+        folders[:] = sorted(n for n in folders if not n.startswith("step-") and n not in passed_over)
         if CONFIG in files:
             yield Path(path)
 

@@ -59,13 +59,15 @@ def _t_quantile(degrees: int) -> float:
     return float(stdtrit(degrees, 0.5 + CONFIDENCE / 2))
 
 
-def reference_of(cell: CellResult, cells: Sequence[CellResult], name: str) -> CellResult | None:
+def reference_of(cell: CellResult, cells: Sequence[CellResult], name: str, alone: bool) -> CellResult | None:
     """The row called `name` that a cell is compared with: of its model and loss, else the only one of that name.
 
     Args:
         cell: The cell.
         cells: Those of its data set.
         name: Name or label of a row.
+        alone: Whether one row of the whole table is called so on this data set; the only one that `--rows` has left of
+            several is nothing to compare rows of other models and losses with.
     """
     called = [other for other in cells if name in (other.cell.row.name, other.cell.row.label)]
     alike = [
@@ -73,7 +75,7 @@ def reference_of(cell: CellResult, cells: Sequence[CellResult], name: str) -> Ce
         for other in called
         if (other.cell.row.model, other.cell.row.loss) == (cell.cell.row.model, cell.cell.row.loss)
     ]
-    found = alike or (called if len(called) == 1 else [])
+    found = alike or (called if alone else [])
     return found[0] if found and found[0] is not cell else None
 
 
@@ -90,9 +92,12 @@ def differences(collected: Collected, name: str) -> dict[str, dict[str, Differen
         raise ConfigError(
             f"--against: no row of table {collected.plan.table.name} is called `{name}`. It has: {listed}."
         )
+    rows = [row for row in collected.plan.table.rows if name in (row.name, row.label)]
     all_differences: dict[str, dict[str, Difference]] = {}
     for found in collected.cells:
-        reference = reference_of(found, collected.of_data_set(found.cell.data_set), name)
+        data_set = found.cell.data_set
+        alone = sum(data_set in row.data_sets for row in rows) == 1
+        reference = reference_of(found, collected.of_data_set(data_set), name, alone)
         if reference is None:
             continue
         by_metric = {}

@@ -123,17 +123,27 @@ def make_plan(table: Table, choice: Choice) -> Plan:
                 f"{', '.join(table.data_sets)}."
             )
     wanted = [name for name in table.data_sets if not choice.data_sets or name in choice.data_sets]
-    cells, faults = [], []
+    seeds = choice.seeds
+    if seeds is not None and (len(set(seeds)) < len(seeds) or min(seeds, default=0) < 0):
+        raise ConfigError(f"--seeds must be different numbers from 0 on: got {' '.join(map(str, seeds))}.")
+    cells: list[Cell] = []
+    faults: dict[str, list[str]] = {}  # one fault is often that of many cells
     for row in rows:
         for data_set in wanted:
             if data_set in row.data_sets:
                 try:
                     cells.append(_cell(table, row, data_set, choice))
                 except ConfigError as error:
-                    faults.append(f"{row.label} on {data_set}: {error}")
+                    faults.setdefault(str(error), []).append(f"{row.label} on {data_set}")
     if faults:
-        raise ConfigError(f"Table `{table.path}`, {len(faults)} of its cells cannot be planned:\n" + "\n".join(faults))
+        count = sum(map(len, faults.values()))
+        listed = "\n".join(f"{_few(titles)}: {text}" for text, titles in faults.items())
+        raise ConfigError(f"Table `{table.path}`, {count} of its cells cannot be planned:\n{listed}")
     return Plan(table, tuple(cells), choice)
+
+
+def _few(titles: Sequence[str]) -> str:
+    return titles[0] if len(titles) == 1 else f"{titles[0]} and {len(titles) - 1} more"
 
 
 def _chosen_rows(table: Table, names: Sequence[str]) -> list[Row]:

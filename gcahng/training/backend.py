@@ -1,7 +1,8 @@
 """How the step runs modules, sends gradients back and moves parameters: the seam to distribution and precision.
 
-The step names its parts ("metric_model", "metric_loss", "graph", "classifier") and never touches an optimiser, a
-scaler or a wrapper itself. This file holds the backend of one process; distributed ones offer the same methods.
+The step names its parts ("metric_model", "metric_loss", "graph", "classifier", "generator") and never touches an
+optimiser, a scaler or a wrapper itself. This file holds the backend of one process; distributed ones offer the same
+methods.
 """
 
 import math

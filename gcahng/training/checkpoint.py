@@ -27,6 +27,9 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
 LINKS = ("last", "best", "best_test")
+# In the state of a checkpoint that was made of a released file: what is said of that, and whether its epoch was chosen
+# by the test classes.
+RELEASED, CHOSEN_ON_TEST = "released", "chosen_on_test"
 PARTIAL = ".partial"
 _LISTED = 5  # differing entries of one kind that an error names
 

@@ -68,8 +68,11 @@ class CheckpointModel:
         return hashlib.sha256(manifest).hexdigest()
 
     def chosen_on_test(self) -> bool:
-        """Whether `path` is the link `best_test`, or a file in it."""
-        return "best_test" in (self.path.name, self.path.parent.name)
+        """Whether `path` is the link `best_test`, or a file in it, or was made of a released file of which it is so."""
+        if "best_test" in (self.path.name, self.path.parent.name):
+            return True
+        state = checkpoint.read_state(checkpoint.find_checkpoint(self.path))
+        return bool(state.get(checkpoint.RELEASED, {}).get(checkpoint.CHOSEN_ON_TEST, False))
 
 
 def load_metric_model(

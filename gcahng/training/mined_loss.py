@@ -23,8 +23,9 @@ from gcahng.training.pml_objects import LOSSES, MINERS, Known, build_pml, find_p
 # What PML's classes keep from one batch to the next as plain attributes, by class name. A test holds, for all of the
 # installed version, that nothing else is kept.
 PLAIN_STATE = {"CrossBatchMemory": ("queue_idx", "has_been_filled"), "DynamicSoftMarginLoss": ("hist_",)}
-# The batch that a loss is tried on when a run starts.
+# The batch that a loss is tried on when a run starts; smaller for fewer training classes, and for a smaller memory.
 TRIAL_CLASSES, TRIAL_SAMPLES = 4, 3
+_MEMORY = "CrossBatchMemory"
 
 
 class MinedLoss(nn.Module):
@@ -132,7 +133,10 @@ def build_mined_loss(config: LossConfig, make_own: Callable[[Known], nn.Module],
     found = make(known)
     _check_forward(found, config)
     with torch.random.fork_rng(devices=[]):
-        _try(make(Known(TRIAL_CLASSES, known.embedding_dim)), known.embedding_dim, config)
+        classes = min(TRIAL_CLASSES, known.num_classes)
+        # Rows of a few classes cost nothing; a loss of one's own may have arguments for each of its classes.
+        trial = Known(classes, known.embedding_dim) if is_pml(config.metric) else known
+        _try(make(trial), classes, known.embedding_dim, config)
     return found
 
 
@@ -177,7 +181,7 @@ def _check_forward(found: MinedLoss, config: LossConfig) -> None:
             f"`loss.miner` {config.miner}: the loss {config.metric} takes ({', '.join(takes)}), expected an "
             "`indices_tuple` among them. Set loss.miner to null, or name another loss."
         )
-    if any(kind.__name__ == "CrossBatchMemory" for part in found.loss.modules() for kind in type(part).__mro__):
+    if _memories(found):
         # It would look up the batch's row numbers in its memory, where other rows stand.
         raise ConfigError(
             f"`loss.miner` {config.miner} chooses rows of the batch, but pml.CrossBatchMemory compares with its "
@@ -185,17 +189,25 @@ def _check_forward(found: MinedLoss, config: LossConfig) -> None:
         )
 
 
-def _try(loss: MinedLoss, embedding_dim: int, config: LossConfig) -> None:
+def _memories(found: MinedLoss) -> list[Any]:
+    """The memories of earlier batches in a loss."""
+    return [m for m in found.loss.modules() if any(kind.__name__ == _MEMORY for kind in type(m).__mro__)]
+
+
+def _try(loss: MinedLoss, classes: int, embedding_dim: int, config: LossConfig) -> None:
     """Train with a loss twice, so that what does not go together is found before a run begins."""
-    z = torch.randn(TRIAL_CLASSES * TRIAL_SAMPLES, embedding_dim, requires_grad=True)
-    labels = torch.arange(TRIAL_CLASSES).repeat(TRIAL_SAMPLES)
+    rows = min([classes * TRIAL_SAMPLES, *(memory.memory_size for memory in _memories(loss))])
+    classes = max(1, min(classes, rows // 2))
+    samples = rows // classes
+    z = torch.randn(classes * samples, embedding_dim, requires_grad=True)
+    labels = torch.arange(classes).repeat(samples)
     miner = f" with loss.miner {config.miner}" if config.miner else ""
     try:
         for _ in range(2):  # some meet what they remember of the first batch
             loss(z, labels).backward()
     except Exception as error:  # whatever a loss or a miner of somebody else raises
+        said = ": ".join(filter(None, (type(error).__name__, str(error).rstrip("."))))
         raise ConfigError(
-            f"`loss.metric` {config.metric}{miner} cannot be used: on random embeddings of {TRIAL_CLASSES} classes x "
-            f"{TRIAL_SAMPLES} samples it raised {type(error).__name__}: {str(error).rstrip('.')}. Change loss.args or "
-            "loss.miner, or name another loss."
+            f"`loss.metric` {config.metric}{miner} cannot be used: on random embeddings of {classes} classes x "
+            f"{samples} samples it raised {said}. Change loss.args or loss.miner, or name another loss."
         ) from error

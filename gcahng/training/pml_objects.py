@@ -173,6 +173,12 @@ def _value(value: Any, known: Known, key: str) -> Any:
             if not isinstance(arguments, Mapping):
                 raise ConfigError(f"`{key}`: the arguments of {name} must be a mapping: got {arguments!r}.")
             return build_pml(name, arguments, known, packages=PACKAGES, key=key, args_key=f"{key}.{name}")
+        if any(map(is_pml, value)):
+            listed = ", ".join(map(str, value))
+            raise ConfigError(
+                f"`{key}`: an object is a mapping with its name as the only key: got the keys {listed}. Indent its "
+                "arguments below its name, and leave out other objects."
+            )
         return {name: _value(entry, known, f"{key}.{name}") for name, entry in value.items()}
     if isinstance(value, list):
         return [_value(entry, known, f"{key}[{number}]") for number, entry in enumerate(value)]

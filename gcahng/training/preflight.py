@@ -50,7 +50,7 @@ def _checks(config: Config, starts_anew: bool) -> Iterator[Callable[[], object]]
     yield lambda: check_loss_name("loss.miner", config.loss.miner)
     own = [config.batch.sampler]
     optim = config.optim
-    own += [part.name for part in (optim.metric_model, optim.graph, optim.classifier, optim.proxies)]
+    own += [part.name for part in (optim.metric_model, optim.graph, optim.classifier, optim.generator, optim.proxies)]
     for path in own:
         if is_component_path(path):
             yield lambda path=path: load_component(path)  # type: ignore[misc]

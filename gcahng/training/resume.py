@@ -68,6 +68,11 @@ def check_resumable(
     Raises:
         ConfigError: Data, settings or training classes differ; the message lists every differing setting.
     """
+    if saved_data["manifest"] is None:
+        raise ConfigError(
+            f"`train.resume`: {folder} was made of a released file, which holds weights alone: there is no training to "
+            "go on with. Start a new run from it, in another run.dir, with train.init_from."
+        )
     if saved_data["manifest"] != data["manifest"]:
         raise ConfigError(
             f"`train.resume`: {folder} was trained on other data than `{config.data.dir}` (the manifests differ). "

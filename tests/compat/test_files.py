@@ -17,7 +17,7 @@ from torch import Tensor
 from gcahng.compat import ReleasedModel, export_released, from_released, import_released, read_released
 from gcahng.errors import ConfigError, DataError
 from gcahng.training.checkpoint import read_state
-from gcahng.training.evaluate_checkpoint import load_metric_model
+from gcahng.training.evaluate_checkpoint import CheckpointModel, load_metric_model
 
 CPU = torch.device("cpu")
 EXTRACTOR = "feature_extractor."
@@ -193,6 +193,8 @@ def test_through_a_checkpoint_and_back_bit_for_bit(tmp_path, config) -> None:
     assert settings.eval.batch_size == 5 and settings.run.dir == str(tmp_path / "imported")
     about = read_state(folder)
     assert about["data"]["num_classes"] == 6 and about["released"]["file"] == "bestR_1.pth"
+    # What the authors' code saves was chosen on the test classes, whatever it is evaluated as.
+    assert CheckpointModel(folder).chosen_on_test() and ReleasedModel(file, config).chosen_on_test()
     assert export_released(folder, tmp_path / "back.pth") == []
     assert_same_state(torch.load(tmp_path / "back.pth", weights_only=True), state)
     (folder / "released_unused.safetensors").write_bytes(b"damaged")
@@ -212,7 +214,7 @@ def test_a_run_starts_from_an_imported_file(tmp_path, config, shards, caplog) ->
     graph = trainer.parts.modules["graph"].state_dict()
     body = {name: tensor for name, tensor in parts["graph"].items() if not name.startswith("node_classifier.")}
     assert_same_state({name: graph[name] for name in body}, body)
-    with pytest.raises(ConfigError, match="was trained on other data"):
+    with pytest.raises(ConfigError, match="was made of a released file, which holds weights alone"):
         make_trainer(shards, tmp_path / "other", settings | {"train.init_from": None, "train.resume": str(folder)})
 
 
@@ -231,11 +233,21 @@ def test_parts_that_the_configuration_lacks_or_that_do_not_fit(tmp_path, shards,
         import_released(file, config, tmp_path / "imported")
 
 
-def test_a_run_of_ours_under_the_authors_names(tmp_path, shards) -> None:
+def test_what_the_authors_code_would_compute_otherwise_is_said_when_a_file_is_written(tmp_path, shards, caplog) -> None:
+    file = saved(tmp_path, small_state())
+    folder = import_released(file, write_config(tmp_path, shards, {"model.pooling": "avg"}), tmp_path / "imported")
+    caplog.clear()
+    export_released(folder, tmp_path / "back.pth")
+    assert "model.pooling is avg, the authors' code computes cls" in caplog.text
+
+
+def test_a_run_of_ours_under_the_authors_names(tmp_path, shards, caplog) -> None:
     settings = SMALL | {"train.max_steps_per_epoch": 1, "loss.metric": "proxy_anchor"}
     trainer = make_trainer(shards, tmp_path / "run", settings)
     trainer.run()
+    assert not CheckpointModel(tmp_path / "run" / "last").chosen_on_test()
     assert export_released(tmp_path / "run" / "last", tmp_path / "ours.pth") == ["metric_loss"]  # the proxies
+    assert "no weight shows" not in caplog.text
     released = read_released(tmp_path / "ours.pth")
     for part in ("metric_model", "graph", "classifier"):
         assert_same_state(dict(released.parts[part]), dict(trainer.parts.modules[part].state_dict()))
@@ -249,3 +261,14 @@ def test_a_run_of_ours_under_the_authors_names(tmp_path, shards) -> None:
         torch.testing.assert_close(theirs(images), trainer.parts.metric_model.eval()(images), rtol=1e-5, atol=1e-5)
     with pytest.raises(ConfigError, match=r"ends in \.pth or \.pt"):
         export_released(tmp_path / "run" / "last", tmp_path / "ours.onnx")
+
+
+def test_a_classifier_of_features_is_left_out(tmp_path, shards) -> None:
+    """The authors' classifier takes embeddings: theirs would refuse ours, or take it for another where C is D."""
+    generator = {"generation.method": "generator", "generation.coefficients": "single", "graph.enabled": False}
+    settings = SMALL | generator | {"train.max_steps_per_epoch": 1}
+    for classify, left_out in (("features", ["classifier", "generator"]), ("embeddings", ["generator"])):
+        run = tmp_path / classify
+        make_trainer(shards, run, settings | {"generation.generator.classify": classify}).run()
+        assert export_released(run / "last", run / "ours.pth") == left_out
+        assert ("classifier" in read_released(run / "ours.pth").parts) == (classify == "embeddings")

@@ -67,6 +67,7 @@ def test_one_command_evaluates_a_released_file(
         assert ended.status == 0, ended.err
         got = json.loads((tmp_path / "other.json").read_text())
         assert {name: got[name] for name in want} == pytest.approx(want)
+        assert got["note"] == SELECTION_NOTE
     ended = command_line("released.py", "--run", tmp_path / "imported", "--out", tmp_path / "back.pth")
     assert ended.status == 0 and ended.out.startswith(f"{tmp_path / 'back.pth'}: 0."), ended.err
     assert_same_state(torch.load(tmp_path / "back.pth", weights_only=True), small_state())

@@ -23,9 +23,10 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_plain_python_and_accelerate_launch_train_alike(process, config_file, tmp_path) -> None:
+def test_plain_python_and_accelerate_launch_train_alike(command_line, process, config_file, tmp_path) -> None:
+    """The latter as a process, in another folder than the checkout's."""
     script = ROOT / "launch" / "train.py"
-    plain = process(script, "--config", config_file, "train.max_steps_per_epoch=2")
+    plain = command_line("train.py", "--config", config_file, "train.max_steps_per_epoch=2")
     assert plain.status == 0, plain.err
     assert "epoch 1/1" in plain.err and "embed" in plain.err  # progress bars
     launcher = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")
@@ -96,13 +97,13 @@ def test_check_finds_what_training_would_find(command_line, config_file, launch_
         assert ended.status == 2 and message in ended.err, ended.err
 
 
-def test_all_faults_of_a_configuration_come_at_once(process, config_file, tmp_path) -> None:
+def test_all_faults_of_a_configuration_come_at_once(command_line, config_file, tmp_path) -> None:
     settings = base_settings(tmp_path / "nowhere", tmp_path / "run")
     settings["train"]["epoch"] = 3
     settings["batch"]["num_classes"] = 1
     config_file.write_text(yaml.safe_dump(settings))
     faulty = ("model.pooling=average", "optim.graph.lr=fast", "sede=1")
-    ended = process(ROOT / "launch" / "train.py", "--config", config_file, *faulty)
+    ended = command_line("train.py", "--config", config_file, *faulty)
     assert ended.status == 2 and ended.out == ""
     assert "Traceback" not in ended.err
     first, *faults = ended.err.splitlines()

@@ -207,6 +207,14 @@ def test_mean_and_spread() -> None:
             {"graph__enabled": False, "generation__coefficients": "single"},
             "Single coefficient interpolation",
         ),
+        (
+            {"graph__enabled": False, "generation__coefficients": "single", "generation__method": "generator"},
+            "Generator-based negatives",
+        ),
+        (
+            {"generation__coefficients": "single", "generation__method": "generator"},
+            "Generator-based negatives and graph network",
+        ),
         ({"graph__node_propagation": False}, "GCA-HNG without global correlations"),
         ({"graph__edge_to_node": False}, "GCA-HNG without edge to node"),
         ({"generation__fusion": "pick"}, "GCA-HNG without random weighting"),

@@ -13,6 +13,8 @@ from gcahng.tables.collect import CellResult, Collected, collect
 from gcahng.tables.listing import plan_text
 from gcahng.tables.output import as_json, as_markdown, as_text
 from gcahng.tables.paired import differences
+from gcahng.tables.plan import Choice, make_plan
+from gcahng.tables.spec import read_table
 
 
 def found(tiny: Tiny, **choice: Any) -> Collected:
@@ -180,6 +182,43 @@ def test_links_to_folders_are_followed_once(tiny: Tiny) -> None:
     assert [r.seed for r in baseline.results] == [0, 1] and baseline.notes == ()
 
 
+@pytest.mark.parametrize("name", ["best", "last", "tensorboard"])
+def test_a_run_may_be_called_like_a_checkpoint(tiny: Tiny, name: str) -> None:
+    (tiny.runs / "elsewhere").rename(tiny.runs / name)
+    assert [r.folder.name for r in row(found(tiny), "Baseline").results] == ["seed-0", name]
+    (tiny.runs / name / "results.json").unlink()  # its checkpoints are no runs
+    assert len(row(found(tiny), "Baseline").notes) == 1
+
+
+def test_seeds_are_different_numbers(tiny: Tiny) -> None:
+    for seeds in ([1, 1], [-1]):
+        with pytest.raises(ConfigError, match="--seeds must be different numbers from 0 on: got"):
+            tiny.plan(seeds=seeds)
+
+
+def test_a_fault_of_many_cells_is_told_once(tiny: Tiny) -> None:
+    with pytest.raises(ConfigError, match="2 of its cells cannot be planned") as error:
+        tiny.plan(settings=["train.epoch=5"])
+    assert str(error.value).count("did you mean `train.epochs`?") == 1
+    assert "\nBaseline on folder and 1 more: Configuration " in str(error.value)
+
+
+def test_what_is_printed_of_sct_is_its_last_epoch(tiny: Tiny) -> None:
+    for paper, evaluation, own in (
+        ("sct", "the last epoch", "last"),
+        ("gca_hng", "the best epoch by test R@1", "best_test"),
+    ):
+        text = tiny.spec.read_text().replace("title: Tiny", f"title: Tiny\npaper: {paper}")
+        tiny.spec.with_name("paper.yaml").write_text(
+            text.replace("overrides: [generation", "published: none, overrides: [generation")
+        )
+        table = read_table(tiny.spec.with_name("paper.yaml"))
+        for which in ("last", "best_test"):
+            lines = as_text(collect(make_plan(table, Choice(out=tiny.runs)), [], which)).splitlines()
+            ending = "." if which == own else "; ours are not."
+            assert lines[2] == f"Published numbers are those of {evaluation}{ending}"
+
+
 def test_other_seeds_are_named_and_counted_on_request(tiny: Tiny) -> None:
     fewer = row(found(tiny, seeds=[0]), "Baseline")
     assert len(fewer.results) == 1 and "seeds 1 are finished too" in fewer.notes[0]
@@ -241,6 +280,15 @@ def test_differences_over_common_seeds(trained: Tiny) -> None:
     assert baseline.cell.title not in by_cell
     text = as_text(collected, by_cell, "Baseline")
     assert "folder: row minus Baseline, over the seeds of both, with its 95 % interval" in text and "(one seed)" in text
+    # Of two rows of a name, the one that --rows leaves is no reference for rows of other losses.
+    trained.spec.with_name("losses.yaml").write_text(
+        trained.spec.read_text()
+        + "  - {name: Baseline, loss: PA, overrides: [loss.metric=proxy_anchor, generation.enabled=false]}\n"
+    )
+    table = read_table(trained.spec.with_name("losses.yaml"))
+    rows = ["Baseline (PA)", "Baseline + GNN"]
+    chosen = collect(make_plan(table, Choice(rows, out=trained.runs / "tables")), [])
+    assert differences(chosen, "Baseline") == {} and list(differences(chosen, "Baseline (PA)")) == [graph.cell.title]
     with pytest.raises(ConfigError, match="--against: no row of table spec is called `Basis`"):
         differences(collected, "Basis")
 

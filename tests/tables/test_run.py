@@ -113,5 +113,13 @@ def test_the_command_goes_on_with_an_interrupted_run_and_collects(
     assert markdown.startswith("## Tiny\n") and "`python launch/tables.py collect " in markdown.splitlines()[-1]
     status, printed = command("submit", "--sbatch", "--time=5", "--dry-run")
     assert status == 0 and "sbatch --array=0-0 --time=5 slurm/tables.sh" in printed
+    with pytest.raises(ConfigError, match="--runs: there is no folder .*/nowhere. Give the folders"):
+        command("show", "--runs", tiny.folder / "nowhere")
+    with pytest.raises(InputError, match="t.json/t.json cannot be written: "):
+        command("collect", "--json", tiny.folder / "t.json" / "t.json")
+    for options in (("run", "--limit", 0), ("submit", "--limit", -1), ("submit", "--at-once", "x")):
+        with pytest.raises(SystemExit):
+            command(*options)
+        assert "must be a whole number from 1 on: got " in capsys.readouterr().err
     with pytest.raises(ConfigError, match="--data takes NAME=DIR: got `data/x`"):
         command("show", "--data", "data/x")

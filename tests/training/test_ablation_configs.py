@@ -1,5 +1,6 @@
 """Every file of configs/ablations: it differs from its base in what it names, trains a step, and stands in the docs."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -11,18 +12,21 @@ import pytest
 import torch
 import yaml
 from run_cases import ALONE
+from torch import nn
 
 from gcahng.graph import GraphNetwork
 from gcahng.models import Embedder
 from gcahng.training.averages import EpochAverages
 from gcahng.training.config import Config, load_config
 from gcahng.training.parts import build_metric_model, build_modules, build_parts, build_step
+from gcahng.training.step import TrainingStep
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "ablations"
-# The generator's files have a test of their own; here, that each changes what it names.
 PATHS = sorted(FOLDER.glob("*.yaml"))
 NAMES = [path.stem for path in PATHS if not path.stem.startswith("generator")]
+# What their settings are: test_generator_runs.py.
+WITH_GENERATOR = [path.stem for path in PATHS if path.stem.startswith("generator")]
 
 ALONE_SETTINGS: dict[str, Any] = {"graph.enabled": False, "generation.enabled": False}
 WEIGHT = "generation.weights"
@@ -108,18 +112,15 @@ def test_a_file_changes_what_it_names_and_nothing_else(path: Path) -> None:
         assert changed == want
 
 
+# Backbones for images of 16 x 16 with 8 and 12 channels of features; the second has a class token.
+CONV = ("small_conv", {"widths": [4, 8]})
+VIT = ("vit_tiny_patch16_224", {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 3})
+
+
 def small(config: Config) -> Config:
     """The configuration with few channels and classes and a backbone of two layers: a step takes little time."""
-    model = replace(
-        config.model,
-        backbone="small_conv",
-        backbone_args={"widths": [4, 8]},
-        embedding_dim=8,
-        pretrained=False,
-        freeze_patch_embed=False,
-        # A feature map has no class token.
-        pooling="avg" if config.model.pooling == "cls" else config.model.pooling,
-    )
+    name, arguments = VIT if config.model.pooling == "cls" else CONV
+    model = replace(config.model, backbone=name, backbone_args=arguments, embedding_dim=8, pretrained=False)
     return replace(
         config,
         model=model,
@@ -133,6 +134,16 @@ def small(config: Config) -> Config:
 def usual_state(base: Path) -> dict[str, dict[str, torch.Tensor]]:
     modules = build_modules(small(loaded(base)), TRAINING_CLASSES)
     return {part: module.state_dict() for part, module in modules.items()}
+
+
+def first_step(config: Config, modules: dict[str, nn.Module]) -> tuple[TrainingStep, dict[str, torch.Tensor]]:
+    """The step of a configuration, and what it reports of a batch of three classes."""
+    step, _ = build_step(config, build_parts(config, modules, ALONE.device), ALONE)
+    samples = config.batch.num_samples
+    images = torch.rand(3 * samples, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    report = step(images, torch.tensor([4, 0, 2]).repeat(samples), EpochAverages(), step=0)
+    assert all(bool(torch.isfinite(value)) for value in report.values())
+    return step, report
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -152,12 +163,7 @@ def test_a_file_builds_and_takes_a_step(name: str) -> None:
             config.graph.num_layers,
             config.graph.num_heads,
         )
-    parts = build_parts(config, modules, ALONE.device)
-    step, _ = build_step(config, parts, ALONE)
-    samples = config.batch.num_samples
-    images = torch.rand(3 * samples, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    report = step(images, torch.tensor([4, 0, 2]).repeat(samples), EpochAverages(), step=0)
-    assert all(bool(torch.isfinite(value)) for value in report.values())
+    step, report = first_step(config, modules)
     assert ("node_loss" in report) == config.graph.enabled == ("graph" in modules)
     assert ("synthetic_loss" in report) == config.generation.enabled == ("classifier" in modules)
     assert ("diversity_loss" in report) == (config.graph.enabled and config.generation.enabled)
@@ -168,6 +174,28 @@ def test_a_file_builds_and_takes_a_step(name: str) -> None:
             total = total + weights.diversity * weights.diversity_scale * report["diversity_loss"]
         torch.testing.assert_close(report["generation_loss"], total / 2)
     assert step.settings.fusion == config.generation.fusion
+
+
+@pytest.mark.parametrize("name", WITH_GENERATOR)
+def test_a_file_with_a_generator_takes_a_step(name: str) -> None:
+    config = small(loaded(FOLDER / f"{name}.yaml"))
+    modules = build_modules(config, TRAINING_CLASSES)
+    assert modules.keys() == {"metric_model", "metric_loss", "classifier", "generator"}
+    before = {part: [p.clone() for p in module.parameters()] for part, module in modules.items()}
+    features = 12 if config.model.pooling == "cls" else 8
+    assert [tuple(p.shape) for p in before["classifier"]] == [(5, features), (5,)]
+    assert before["generator"][-2].shape == (features, 512)
+    step, report = first_step(config, modules)
+    for part in ("metric_model", "classifier", "generator"):
+        moved = [not torch.equal(p, old) for p, old in zip(modules[part].parameters(), before[part], strict=True)]
+        frozen = [not p.requires_grad for p in modules[part].parameters()]
+        assert moved == [not still for still in frozen] and sum(frozen) <= len(frozen) // 2, part
+    assert step.generator is not None
+    total = 64 * report["reconstruction_loss"] + 5000 * report["classification_loss"]
+    torch.testing.assert_close(report["generation_loss"], total)
+    assert float(report["synthetic_weight"]) == pytest.approx(1 - math.exp(-config.generation.beta / 1e6))
+    want = report["metric_loss"] + report["synthetic_weight"] * report["synthetic_loss"]
+    torch.testing.assert_close(report["total_loss"], want)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import copy
 import math
 from dataclasses import replace
 from functools import partial
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from gcahng.losses import NPairPlusLoss
 from gcahng.losses.synthetic import synthetic_n_pair_loss
 from gcahng.models import Embedder
 from gcahng.random import mixing_weights
+from gcahng.training import generator_passes
+from gcahng.training import step as step_module
 from gcahng.training.averages import EpochAverages
 from gcahng.training.backend import PlainBackend
 from gcahng.training.config_schema import OptimizerConfig
@@ -79,6 +83,13 @@ def expected(case: GeneratorCase, after: dict[str, dict[str, Tensor]]) -> dict[s
     found |= {f"gradient:metric_model | {name}": g for (name, _), g in named if g is not None}
 
     z, features = z.detach(), features.detach()
+    classifier = parts["classifier"]
+    logits = F.linear(z if case.classify == "embeddings" else features, classifier.weight, classifier.bias)
+    found["classifier_loss"] = 10 * F.cross_entropy(logits, labels)
+    slopes = torch.autograd.grad(found["classifier_loss"], list(classifier.parameters()))
+    named = zip(classifier.named_parameters(), slopes, strict=True)
+    found |= {f"gradient:classifier | {name}": g for (name, _), g in named}
+
     negatives = pulled(case, z, "generation")
     rebuilt = generated(generator, z, z)
     made = generated(generator, z, negatives.flatten(0, 1))
@@ -86,9 +97,9 @@ def expected(case: GeneratorCase, after: dict[str, dict[str, Tensor]]) -> dict[s
     if case.classify == "embeddings":
         model.load_state_dict(after["metric_model"], strict=False)
         rebuilt, made = head_of(model, features, rebuilt), head_of(model, features, made)
-    logits = partial(F.linear, weight=after["classifier"]["weight"], bias=after["classifier"]["bias"])
+    judged = partial(F.linear, weight=after["classifier"]["weight"], bias=after["classifier"]["bias"])
     wanted = labels[: case.num_classes].repeat(z.shape[0])
-    found["classification_loss"] = F.cross_entropy(logits(made), wanted) + F.cross_entropy(logits(rebuilt), labels)
+    found["classification_loss"] = F.cross_entropy(judged(made), wanted) + F.cross_entropy(judged(rebuilt), labels)
     found["generation_loss"] = 0.5 * found["reconstruction_loss"] + 2.0 * found["classification_loss"]
     slopes = torch.autograd.grad(found["generation_loss"], list(generator.parameters()))
     named = zip(generator.named_parameters(), slopes, strict=True)
@@ -117,8 +128,7 @@ def test_a_step_equals_the_dense_formulas(case: GeneratorCase) -> None:
     after = {part: {k: v.view_as(shapes[part][k]) for k, v in values.items()} for part, values in flat.items()}
     want = expected(case, after)
     assert want.keys() <= found.keys()
-    reported = {"synthetic_weight", "pull_factor", "classifier_loss"}
-    assert {key for key in found.keys() - want.keys() if not key.startswith("gradient:classifier")} == reported
+    assert found.keys() - want.keys() == {"synthetic_weight", "pull_factor"}
     got = {key: found[key].view(value.shape) for key, value in want.items()}
     off = {name: error for name, error in errors(got, want).items() if error > OWN_PATHS}
     assert off == {}
@@ -158,6 +168,30 @@ def test_numbers_that_are_not_finite_stop_the_generator() -> None:
 
     with pytest.raises(NotFinite, match="metric"):
         run_case(case, before_step=spoil)
+
+
+def test_in_bf16_the_losses_of_generated_rows_are_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """J_gen is of the order of 1e4. Autocast reaches the metric model and the classifier's own training alone."""
+    low: dict[str, bool] = {}
+
+    def note(where: ModuleType, name: str) -> None:
+        function = getattr(where, name)
+
+        def noting(*arguments: Any, **options: Any) -> Any:
+            low[name] = torch.is_autocast_enabled("cpu")
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(where, name, noting)
+
+    for name in ("embed_with_features", "generated_synthetic_loss", "generator_loss"):
+        note(generator_passes, name)
+    note(step_module, "class_loss")
+    run_case(
+        GeneratorCase(dtype=torch.float32, steps=1),
+        make_backend=lambda modules, optimizers, gates, *_: PlainBackend(modules, optimizers, gates, precision="bf16"),
+    )
+    wanted = {"embed_with_features": True, "class_loss": True}
+    assert low == wanted | {"generated_synthetic_loss": False, "generator_loss": False}
 
 
 def test_a_step_never_waits_for_the_device() -> None:

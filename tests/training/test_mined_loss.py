@@ -207,6 +207,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         "`loss.args.distance.pml.LpDistance`: pml.LpDistance has no argument `pp`; did you mean `p`?",
     ),
     "nested name": ({"args": {"distance": "pml.LDistance"}}, "among its losses, miners, distances, reducers, regula"),
+    "two objects": (
+        {"args": {"distance": {"pml.LpDistance": {}, "p": 1}}},
+        "`loss.args.distance`: an object is a mapping with its name as the only key: got the keys pml.LpDistance, p.",
+    ),
     "nested arguments": ({"args": {"distance": {"pml.LpDistance": 2}}}, "of pml.LpDistance must be a mapping: got 2."),
     "refused": (
         {"metric": "pml.CrossBatchMemory", "args": {"loss": "pml.ArcFaceLoss"}},
@@ -247,6 +251,29 @@ def test_faults_are_found_when_a_run_starts(name: str) -> None:
     text = str(caught.value)
     assert message in text
     assert text.endswith((".", "?")) and ".." not in text
+
+
+@pytest.mark.parametrize("size", [4, 6, 8, 10])
+def test_a_memory_may_be_as_small_as_a_batch(size: int) -> None:
+    """The batch on which losses are tried is no larger, and finds what does not fit all the same."""
+    loss = build("pml.CrossBatchMemory", MEMORY | {"memory_size": size})
+    assert loss.loss.embedding_memory.shape == (size, D)
+    with pytest.raises(ConfigError, match=rf"{size // 2 if size < 8 else 4} classes x 2 samples it raised \w+: "):
+        build("pml.CrossBatchMemory", MEMORY | {"memory_size": size, "embedding_size": 5})
+
+
+def test_few_classes_and_arguments_for_each_class() -> None:
+    three = LossConfig(metric="pml.ArcFaceLoss", args={"num_classes": 3})
+    assert build_metric_loss(three, 3, D).loss.W.shape == (D, 3)  # type: ignore[union-attr]
+    args = {"weights": [1.0] * N}
+    config = LossConfig(metric="pml_cases:ClassWeights", args=args, miner="pml_cases:FirstOfOthers")
+    assert build_metric_loss(config, N, D)(*batch()).isfinite()
+
+
+def test_an_error_without_words_is_named() -> None:
+    config = LossConfig(metric="pml_cases:Speechless", miner="pml.HDCMiner")
+    with pytest.raises(ConfigError, match=r"it raised AssertionError\. Change loss\.args"):
+        build_metric_loss(config, N, D)
 
 
 def test_names_are_looked_up_before_anything_loads(shards, tmp_path) -> None:

@@ -17,13 +17,15 @@ def test_all_missing_things_at_once(shards, tmp_path) -> None:
         "model.backbone_args": {},
         "loss.metric": "no_such_module.losses:Mine",
         "optim.proxies.name": "no_such_package:Optimizer",
+        "optim.generator.name": "no_such_optimizers:Mine",
         "model.weights": str(tmp_path / "weights.safetensors"),
     }
     with pytest.raises(ConfigError) as caught:
         Trainer(make_config(shards, tmp_path / "run", settings))
     text = str(caught.value)
-    assert text.startswith("5 things are missing:")
-    for part in ("nowhere", "Unknown backbone `resnet5`", "no_such_module", "no_such_package", "`model.weights`"):
+    assert text.startswith("6 things are missing:")
+    components = ("no_such_module", "no_such_package", "no_such_optimizers")
+    for part in ("nowhere", "Unknown backbone `resnet5`", *components, "`model.weights`"):
         assert part in text
     assert not (tmp_path / "run").exists()
 

@@ -1,4 +1,4 @@
-"""What alpha does is logged, and a run says once if it does nothing."""
+"""What alpha and beta do is logged, and a run says once if it is nothing."""
 
 import logging
 import math
@@ -83,6 +83,35 @@ def test_a_run_warns_once_and_shows_the_factor_everywhere(shards, tmp_path, capl
     board.Reload()
     shown = [event.value for event in board.Scalars("step/pull_factor")]
     assert shown == pytest.approx([row["pull_factor"] for row in rows], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "means", "parts"),
+    [
+        # The weight of an epoch is that of the mean before it: the third one's is 1 - exp(-20 / 6e4) = 3.33e-4.
+        ({}, [50, 6e4, 6e4, 6e4], ["6e+04, the weight 1 - exp(-beta / mean) of the synthetic loss was 0.000333 in ep"]),
+        (
+            {"generation.method": "generator", "generation.coefficients": "single"},
+            [6e4, 6e4],
+            ["was 0.000333 in epoch 2", "of that mean; HDML's generator has 5000 to 10000."],
+        ),
+        ({}, [1900, 1900], []),
+        ({}, [50, 6e4], []),
+        ({"generation.beta": 5000}, [6e4, 6e4], []),
+        ({"generation.beta": 0}, [6e4, 6e4], []),
+        ({"generation.enabled": False}, [6e4, 6e4], []),
+    ],
+)
+def test_when_it_warns_of_beta(shards, tmp_path, caplog, changes, means, parts) -> None:
+    config = make_config(shards, tmp_path, {"generation.alpha": 5, "generation.beta": 20} | changes)
+    hint, averages = PullHint(config), EpochAverages()
+    for epoch, mean in enumerate(means):
+        averages.add(torch.tensor(3.0), torch.tensor(mean, dtype=torch.float64))
+        hint.end_epoch(averages, epoch)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (1 if parts else 0)
+    for part in [*parts, *(["generation.beta=20 does not suit the generation loss"] if parts else [])]:
+        assert part in said[0]
 
 
 def test_the_bar_shows_loss_and_factor() -> None:
