@@ -194,11 +194,10 @@ def test_ranks_with_other_settings_are_refused_at_the_start(config_file, tmp_pat
 
 
 def test_a_wrong_configuration_is_said_once(config_file, tmp_path) -> None:
-    arguments = ("--config", config_file, "sede=1")
-    first, second = without_launcher(arguments, arguments)
-    assert (first.status, second.status) == (2, 2), (first, second)
-    assert first.err.count("error: Configuration ") == 1 and "unknown key; did you mean `seed`?" in first.err
-    assert second.err == second.out == first.out == ""
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    ended = launch(*launcher, SCRIPT, "--config", config_file, "sede=1")
+    assert ended.status == 1
+    assert ended.err.count("error: Configuration ") == 1 and "unknown key; did you mean `seed`?" in ended.err
 
 
 def test_a_rank_that_meets_nobody_says_where_it_waited(config_file) -> None:
