@@ -23,3 +23,7 @@ class UnreachableError(DataError):
 
 class TrainingError(RuntimeError):
     """A run cannot go on: a loss, an embedding or a gradient is not finite."""
+
+
+class Interrupted(TrainingError):
+    """A signal asked the run to end; its state is saved, and it can go on from there."""

@@ -6,7 +6,9 @@ global batch. `--check` validates the configuration, the data and a few steps, p
 
 import argparse
 
+from gcahng.errors import Interrupted
 from gcahng.training.config import load_config, settings_help
+from gcahng.training.interruption import INTERRUPTED_STATUS
 from gcahng.training.launched import end, launched
 from gcahng.training.precheck import forecast
 from gcahng.training.results import results_text
@@ -38,12 +40,16 @@ def main() -> int:
     config = load_config(options.config, options.overrides)
     started = launched(config)
     trainer = Trainer(config, launched=started, progress_bars=not options.quiet, overwrite=options.overwrite)
-    text = forecast(trainer).text() if options.check else results_text(trainer.run(), config.run.dir)
+    status = 0
+    try:
+        text = forecast(trainer).text() if options.check else results_text(trainer.run(), config.run.dir)
+    except Interrupted as error:
+        text, status = f"{error} Saved: go on with train.resume=auto.", INTERRUPTED_STATUS
     if started.ranks.first:
         print(text)
     trainer.close()
     end(started)
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from gcahng.training import checkpoint
 from gcahng.training.config import Config, load_config, resolved_yaml
 from gcahng.training.evaluate_checkpoint import embedding_config
 from gcahng.training.parts import build_metric_model, module_makers
-from gcahng.training.trainer import Progress
+from gcahng.training.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from gcahng.distributed.ranks import Ranks
-from gcahng.errors import ConfigError, DataError, InputError, TrainingError
+from gcahng.errors import ConfigError, DataError, InputError, Interrupted, TrainingError
 
 Result = TypeVar("Result")
 
 # Of an error the most special of these travels; everything else comes to the other ranks as the last.
-_KINDS: tuple[type[Exception], ...] = (ConfigError, DataError, InputError, TrainingError)
+_KINDS: tuple[type[Exception], ...] = (Interrupted, ConfigError, DataError, InputError, TrainingError)
 
 # Attribute of other errors that all ranks were told of.
 _TOLD = "told_to_all_ranks"

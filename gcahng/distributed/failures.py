@@ -12,12 +12,11 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from gcahng.distributed.agreement import rank_list
+from gcahng.distributed.store import default_store
 from gcahng.errors import InputError, TrainingError
 
 EACH_RANK = "gcahng.each_rank"
@@ -131,7 +130,7 @@ class _Board:
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
-        self._store = _default_store()
+        self._store = default_store("failures", _TOGETHER_S)
 
     @property
     def reachable(self) -> bool:
@@ -199,13 +198,3 @@ class _Board:
         except RuntimeError:
             self._store = None
             return None
-
-
-def _default_store() -> distributed_c10d.Store | None:
-    try:
-        # No public way leads to it.
-        store = distributed_c10d.PrefixStore("gcahng/failures", distributed_c10d._get_default_store())
-        store.set_timeout(timedelta(seconds=_TOGETHER_S))
-        return store
-    except (AttributeError, RuntimeError, ValueError):
-        return None

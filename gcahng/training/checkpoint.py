@@ -1,13 +1,15 @@
 """Checkpoints: one folder per step, written whole or not at all.
 
-`step-N/` holds `<part>.safetensors` for every module, `optimizer-<part>.pt` for every optimiser, `state.json`
-(counters, averages, schedules, classes), `config.yaml`, and `manifest.json` with the size and sha256 of each file.
-It is written as `step-N.partial` and renamed; a write that fails leaves nothing behind. Links `last`, `best` and
+`step-N/` holds `<part>.safetensors` for every module, `optimizer-<part>.pt` for every optimiser, `ranks.safetensors`
+with what each rank has for itself (random states), `state.json` (counters, averages, schedules, classes),
+`config.yaml`, and `manifest.json` with the size and sha256 of each file. It is written as `step-N.partial` and renamed;
+a write that fails leaves nothing behind, and a checkpoint that it was to replace stays. Links `last`, `best` and
 `best_test` beside it name the folders a reader wants. Nothing in it is unpickled without torch's `weights_only`.
 """
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -23,6 +25,8 @@ from torch.optim import Optimizer
 
 from gcahng.errors import ConfigError, DataError, TrainingError
 
+log = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
@@ -30,7 +34,10 @@ LINKS = ("last", "best", "best_test")
 # In the state of a checkpoint that was made of a released file: what is said of that, and whether its epoch was chosen
 # by the test classes.
 RELEASED, CHOSEN_ON_TEST = "released", "chosen_on_test"
+RANKS = "ranks"
 PARTIAL = ".partial"
+REPLACED = ".replaced"  # what stood at step-N until its successor is there
+DAMAGED = ".damaged"
 _LISTED = 5  # differing entries of one kind that an error names
 
 
@@ -42,6 +49,7 @@ def save_checkpoint(
     optimizers: Mapping[str, Mapping[str, Any]],
     state: Mapping[str, Any],
     config_yaml: str,
+    ranks: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `run_dir/step-N` and return it; an existing folder of that name is replaced.
 
@@ -52,6 +60,7 @@ def save_checkpoint(
         optimizers: The optimisers' state by part, as one process without wrappers has it.
         state: What `state.json` holds.
         config_yaml: Resolved configuration.
+        ranks: What each rank has for itself, by `rank/name`.
     Raises:
         TrainingError: It cannot be written (a full disk, say); what stood in `run_dir` is as before.
     """
@@ -61,7 +70,7 @@ def save_checkpoint(
         shutil.rmtree(left_over, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _write_parts(partial, modules, optimizers)
+        _write_parts(partial, {**modules, RANKS: ranks or {}}, optimizers)
         (partial / STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         (partial / CONFIG).write_text(config_yaml, encoding="utf-8")
         listing = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(partial.iterdir())}
@@ -69,15 +78,19 @@ def save_checkpoint(
         for file in partial.iterdir():
             _sync(file)
         _sync(partial)
-        shutil.rmtree(target, ignore_errors=True)
+        replaced = run_dir / f"step-{step}{REPLACED}"
+        if target.exists():  # a folder cannot be renamed over another one: there is always one of the two
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
         partial.rename(target)
         _sync(run_dir)
+        shutil.rmtree(replaced, ignore_errors=True)
     # Beside OSError: safetensors and torch.save have their own errors for a disk that refuses.
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise TrainingError(
-            f"Checkpoint {target} cannot be written ({error}). Make room or repair the disk, then go on from the "
-            "newest whole checkpoint with train.resume=auto."
+            f"Checkpoint {target} cannot be written ({error}): make room or repair the disk. The newest whole "
+            "checkpoint is as it was."
         ) from error
     return target
 
@@ -105,7 +118,7 @@ def point(run_dir: Path, name: str, target: Path) -> None:
 def prune(run_dir: Path, keep_last: int) -> None:
     """Remove all but the newest `keep_last` checkpoints; folders that a link names stay."""
     kept = {(run_dir / name).resolve() for name in LINKS}
-    folders = _step_folders(run_dir)
+    folders = checkpoints(run_dir)
     for folder in folders[: max(0, len(folders) - keep_last)]:
         if folder.resolve() not in kept:
             shutil.rmtree(folder)
@@ -282,20 +295,62 @@ def _shape(tensors: Mapping[str, Tensor], key: str) -> str:
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
-    return next((f for f in reversed(_step_folders(run_dir)) if (f / MANIFEST).is_file()), None)
+    return next((f for f in reversed(checkpoints(run_dir)) if (f / MANIFEST).is_file()), None)
 
 
-def _step_folders(run_dir: Path) -> list[Path]:
-    """The folders step-N, by N."""
-    numbers = {folder: _step_number(folder) for folder in run_dir.glob("step-*")}
-    whole = [(number, f) for f, number in numbers.items() if number is not None and f.suffix != PARTIAL]
-    return [folder for _, folder in sorted(whole)]
+def newest_whole(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run whose files are as they were written; a warning names each newer one.
+
+    Raises:
+        DataError: There are checkpoints, and every one is damaged.
+    """
+    faults: list[DataError] = []
+    for folder in reversed(checkpoints(run_dir)):
+        try:
+            verify(folder)
+        except DataError as error:
+            faults.append(error)
+            continue
+        for fault in faults:
+            log.warning("%s Going back to %s.", str(fault).removesuffix(" Use another checkpoint."), folder.name)
+        return folder
+    if faults:
+        raise DataError(
+            f"All {len(faults)} checkpoints of {run_dir} are damaged, the newest: {faults[0]} Start the run anew with "
+            "--overwrite, or in another run.dir."
+        )
+    return None
+
+
+def set_aside_later(run_dir: Path, folder: Path) -> None:
+    """Rename the checkpoints newer than `folder`, which a run goes on from: they are damaged, and are not counted."""
+    whole = checkpoints(run_dir)
+    resolved = [entry.resolve() for entry in whole]
+    if folder.resolve() not in resolved:
+        return
+    for later in whole[resolved.index(folder.resolve()) + 1 :]:
+        aside = later.with_name(later.name.removesuffix(REPLACED) + DAMAGED)
+        shutil.rmtree(aside, ignore_errors=True)
+        later.rename(aside)
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The folders step-N, by N; step-N.replaced stands before step-N."""
+    found = []
+    for folder in run_dir.glob("step-*"):
+        number = _step_number(folder)
+        if number is not None and folder.suffix in ("", REPLACED):
+            found.append((number, folder.suffix == "", folder))
+    return [folder for _, _, folder in sorted(found)]
 
 
 def _step_number(path: Path) -> int | None:
-    """N of step-N and step-N.partial; None for other names."""
-    digits = path.name.removesuffix(PARTIAL).removeprefix("step-")
-    is_step = path.name.startswith("step-") and digits.isascii() and digits.isdigit()
+    """N of step-N, step-N.partial and the like; None for other names."""
+    name = path.name
+    for suffix in (PARTIAL, REPLACED, DAMAGED):
+        name = name.removesuffix(suffix)
+    digits = name.removeprefix("step-")
+    is_step = name.startswith("step-") and digits.isascii() and digits.isdigit()
     return int(digits) if is_step else None
 
 

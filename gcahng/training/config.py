@@ -1,6 +1,6 @@
 """Configuration of an experiment: `load_config` is the way in, `Config` the result.
 
-The schema stands in `config_schema.py`, the rules in `config_check.py`.
+The schema stands in `config_schema.py` and `config_run.py`, the rules in `config_check.py`.
 """
 
 from gcahng.training.config_help import settings_help
@@ -10,11 +10,11 @@ from gcahng.training.config_load import (
     load_config,
     resolved_yaml,
 )
+from gcahng.training.config_run import EvalConfig, HealthConfig, MonitorConfig, RunConfig, TrainConfig
 from gcahng.training.config_schema import (
     BatchConfig,
     Config,
     DataConfig,
-    EvalConfig,
     GenerationConfig,
     GenerationWeights,
     GraphConfig,
@@ -22,9 +22,7 @@ from gcahng.training.config_schema import (
     ModelConfig,
     OptimConfig,
     OptimizerConfig,
-    RunConfig,
     ScheduleConfig,
-    TrainConfig,
     TransformConfig,
 )
 
@@ -36,8 +34,10 @@ __all__ = [
     "GenerationConfig",
     "GenerationWeights",
     "GraphConfig",
+    "HealthConfig",
     "LossConfig",
     "ModelConfig",
+    "MonitorConfig",
     "OptimConfig",
     "OptimizerConfig",
     "RunConfig",

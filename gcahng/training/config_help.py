@@ -6,7 +6,7 @@ from dataclasses import MISSING
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from gcahng.training import config_schema
+from gcahng.training import config_run, config_schema
 from gcahng.training.config_load import walk_settings
 from gcahng.training.config_types import show
 
@@ -33,7 +33,8 @@ def setting_meaning(key: str) -> str:
 def _field_texts() -> dict[str, dict[str, str]]:
     """The text under each field, by class and field: Python keeps it in the source only."""
     texts: dict[str, dict[str, str]] = {}
-    for statement in ast.parse(inspect.getsource(config_schema)).body:
+    sources = "\n".join(inspect.getsource(module) for module in (config_run, config_schema))
+    for statement in ast.parse(sources).body:
         if not isinstance(statement, ast.ClassDef):
             continue
         fields = texts.setdefault(statement.name, {})

@@ -1,5 +1,7 @@
 """Every setting of an experiment: names, types, defaults, units and meanings.
 
+Here: data, model and method. How a run goes is in `config_run.py`.
+
 The text under a field is its documentation; `config_help.settings_help` prints it. Limits of values
 stand in `config_check.py`. Paths are relative to the folder the command runs in. The defaults are
 the released settings for CUB with ResNet-50 where the method fixes a value; a configuration needs
@@ -10,6 +12,16 @@ Letters: P classes per batch, K samples per class, B = P * K, D embedding channe
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from gcahng.training.config_run import (
+    AccumulationConfig,
+    DistributedConfig,
+    EvalConfig,
+    HealthConfig,
+    MonitorConfig,
+    RunConfig,
+    TrainConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,99 +296,6 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Length, precision and bookkeeping of a training run."""
-
-    epochs: int = 100
-    """Passes over the training images."""
-    warm_up_epochs: int = 0
-    """First epochs in which only the embedding head of the metric model is trained."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Matrix products of the step; weights, norms and losses stay fp32. fp16 needs CUDA."""
-    resume: str = "never"
-    """`never`, `auto` (the newest whole checkpoint of `run.dir`), or a checkpoint folder."""
-    init_from: str | None = None
-    """Checkpoint whose weights start a new run; the classes may differ."""
-    log_every: int = 10
-    """Steps between two logged steps."""
-    record_every: int | None = None
-    """Steps between two records of how hard the negatives are (`hardness.jsonl`), from the first step on; null: the
-    first step of each epoch; 0: none."""
-    keep_last: int = 1
-    """Newest checkpoints kept, besides the best ones."""
-    max_steps_per_epoch: int | None = None
-    """Cut every epoch to this many steps; null: whole epochs."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: CUDA if there is one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistributedConfig:
-    """Several processes (ranks), started by `accelerate launch` or `torchrun`."""
-
-    timeout_seconds: int = 120
-    """How long ranks wait for each other before the run ends with an error; also while one writes a checkpoint,
-    downloads weights, or is late with its data."""
-    batch_norm: Literal["global", "local"] = "global"
-    """Batch statistics of the metric model's BatchNorms in training: of all ranks' images, or of each rank's own."""
-    shard_classes: bool = False
-    """Spread the rows of proxies and classifiers over the ranks instead of keeping all on each: for classes by the
-    million. Same numbers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AccumulationConfig:
-    """Batches larger than memory: embed in small batches, relate all embeddings at once, embed again for gradients."""
-
-    micro_batch: int | None = None
-    """Images that a rank sends through the backbone at once; null: its whole part of the batch, once."""
-    microbatch_statistics: bool = False
-    """Let BatchNorms of the backbone take their statistics from each small batch: other numbers than without."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Retrieval on unseen classes."""
-
-    every_epochs: int = 2
-    """Epochs between two evaluations; the last epoch is always evaluated."""
-    ks: tuple[int, ...] = (1, 2, 4, 8)
-    """Values of k of Recall@k, increasing."""
-    batch_size: int = 128
-    """Images embedded at once."""
-    memory_mb: int = 512
-    """Memory that the search may take beside the embeddings, on each rank; results do not depend on it."""
-    precision_ks: tuple[int, ...] = ()
-    """Values of k of Precision@k, increasing; none by default."""
-    protocol: Literal["self", "query_gallery"] = "self"
-    """Every image queries all the others, or one split queries others (the training split, say)."""
-    split: str = "test"
-    """Split that is evaluated; with `query_gallery` the split of the queries."""
-    gallery_split: str | None = None
-    """Split that is searched (`query_gallery` only)."""
-    galleries: tuple[str, ...] = ()
-    """Several splits in place of gallery_split: each is searched alone and reported under its name; the first one's
-    metrics are those of the run."""
-    distractor_splits: tuple[str, ...] = ()
-    """Splits that are searched as well, and show none of the queries' classes."""
-    coarse_label: str | None = None
-    """Column of the classes with a coarser label: `chain_name` of Hotels-50K, `super_class` of Stanford Online
-    Products. Adds the share of queries with that label among the k nearest (chain accuracy)."""
-    coarse_ks: tuple[int, ...] = (1, 3, 5)
-    """Values of k for it, increasing."""
-    clustering: bool = False
-    """launch/evaluate.py adds NMI and AMI of k-means clusters; not in training."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Where a run leaves its files."""
-
-    dir: str
-    """Run folder: resolved configuration, logs, checkpoints."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """One experiment."""
 
@@ -393,4 +312,11 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     accumulation: AccumulationConfig = field(default_factory=AccumulationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     run: RunConfig
+
+    @property
+    def local_statistics(self) -> bool:
+        """Whether each rank's BatchNorms gather running statistics of its own images."""
+        return self.distributed.batch_norm == "local" or self.accumulation.microbatch_statistics

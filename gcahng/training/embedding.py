@@ -5,7 +5,7 @@ With several ranks each embeds its part and keeps it: no rank ever holds all emb
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ class EmbeddingSettings:
         device: Where the model is.
         matmul_dtype: Autocast dtype, None for fp32.
         progress: Show a bar.
+        between_batches: Called before each batch; it takes part in no collective.
     """
 
     transform: TransformSettings
@@ -50,6 +51,7 @@ class EmbeddingSettings:
     device: torch.device
     matmul_dtype: torch.dtype | None = None
     progress: bool = False
+    between_batches: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,8 +255,11 @@ def evaluating(model: Embedder) -> Iterator[None]:
         model.train(was_training)
 
 
-def _shown(loader: Any, settings: EmbeddingSettings) -> Any:
-    return tqdm(loader, desc="embed", unit="batch", leave=False, disable=not settings.progress)
+def _shown(loader: Any, settings: EmbeddingSettings) -> Iterator[Any]:
+    for batch in tqdm(loader, desc="embed", unit="batch", leave=False, disable=not settings.progress):
+        if settings.between_batches is not None:
+            settings.between_batches()
+        yield batch
 
 
 def embed_batch(model: Embedder, images: Tensor, settings: EmbeddingSettings, keys: Sequence[str]) -> Tensor:

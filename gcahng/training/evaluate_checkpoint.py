@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -117,7 +117,11 @@ def embedding_config(file: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def embedding_settings(
-    config: Config, *, device: torch.device | None = None, progress_bars: bool = False
+    config: Config,
+    *,
+    device: torch.device | None = None,
+    progress_bars: bool = False,
+    between_batches: Callable[[], None] | None = None,
 ) -> EmbeddingSettings:
     """How a run's configuration turns images into embeddings; fp32 in place of fp16 where there is no CUDA.
 
@@ -125,6 +129,7 @@ def embedding_settings(
         config: Of the run.
         device: Where the model is; by default the one of `train.device`.
         progress_bars: Show a bar.
+        between_batches: Called before each batch; what it raises ends the embedding.
     """
     device = choose_device(config.train.device) if device is None else device
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
@@ -138,6 +143,7 @@ def embedding_settings(
         device,
         dtype,
         progress_bars,
+        between_batches,
     )
 
 

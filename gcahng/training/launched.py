@@ -113,6 +113,11 @@ def launched_rank() -> int:
     return int(number) if several and number.isdigit() else 0
 
 
+def local_rank() -> int:
+    """This process's number on its machine, as the launcher gave it; 0 where there is one process."""
+    return _number("LOCAL_RANK", 0) if _number("WORLD_SIZE", 1) > 1 else 0
+
+
 def require_one_process(command: str) -> None:
     """Refuse a launcher's many processes for a command of which each would do all.
 

@@ -74,7 +74,7 @@ def forecast(trainer: Trainer, steps: int = 3) -> Forecast:
         report = {name: float(value) for name, value in values.items()}
         seconds.append(time.perf_counter() - started)
         trainer.progress.step += 1
-    trainer.finish_checks()
+    trainer.steps.finish_checks()
     step_seconds, load_seconds, peak = trainer.ranks.host_max(
         [statistics.median(seconds[1:] or seconds), load_seconds, peak_memory_bytes(trainer.device)]
     )

@@ -33,11 +33,13 @@ FREE = frozenset(
         "train.keep_last",
         "train.log_every",
         "train.record_every",
+        "train.save_every_steps",
+        "train.save_in_background",
         "train.resume",
         "run.dir",
     }
 )
-FREE_SECTION = "eval."
+FREE_SECTIONS = ("eval.", "health.", "monitor.")
 
 
 def class_digest(data: RunData) -> str:
@@ -109,6 +111,6 @@ def _changed_settings(saved: Config, now: Config, parts: Iterable[str]) -> list[
             continue
         if key == "train.epochs" and cosine:
             changed.append(f"{key} was {show(old)}, is {show(new)} (cosine schedules end with it)")
-        elif key not in FREE and not key.startswith(FREE_SECTION):
+        elif key not in FREE and not key.startswith(FREE_SECTIONS):
             changed.append(f"{key} was {show(old)}, is {show(new)}")
     return changed

@@ -24,14 +24,15 @@ HARDNESS_FILE = "hardness.jsonl"
 class RunLog:
     """Appends rows to a run folder's logs; use as a context manager."""
 
-    def __init__(self, run_dir: Path, *, from_step: int | None = None) -> None:
+    def __init__(self, run_dir: Path, *, from_step: int | None = None, evaluated: bool = True) -> None:
         """
         Args:
             run_dir: Run folder.
             from_step: Continue a run at this step: rows of later steps are dropped. None starts anew.
+            evaluated: False drops evaluations of that very step too: they are made again.
         """
         self.path = run_dir / METRICS_FILE
-        self._file = _continued(self.path, from_step)
+        self._file = _continued(self.path, from_step, evaluated=evaluated)
         self._hardness_file = _continued(run_dir / HARDNESS_FILE, from_step)
         # TensorBoard hides what earlier files of the folder hold from `purge_step` on.
         first_step = 0 if from_step is None else from_step + 1
@@ -112,9 +113,13 @@ def _await_next_second(folder: Path) -> None:
         time.sleep(0.02)
 
 
-def _continued(path: Path, from_step: int | None) -> TextIO:
+def _continued(path: Path, from_step: int | None, *, evaluated: bool = True) -> TextIO:
     """A file of rows, open at its end: without rows of later steps than `from_step`, empty if that is None."""
-    kept = [] if from_step is None else [row for row in read_rows(path) if row["step"] <= from_step]
+    rows = [] if from_step is None else read_rows(path)
+    again = () if evaluated else ("evaluation",)
+    kept = [
+        row for row in rows if row["step"] < from_step or (row["step"] == from_step and row.get("kind") not in again)
+    ]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     partial.replace(path)

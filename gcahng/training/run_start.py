@@ -91,7 +91,7 @@ def _read(config: Config, launched: Launched, overwrite: bool) -> RunStart:
     check_evaluation(data.shards, config.eval)
     run_dir = Path(config.run.dir)
     resume_from = _find_resume(config, run_dir, overwrite)
-    _check_run_dir(run_dir, resume_from, overwrite)
+    _check_run_dir(run_dir, resume_from, config.train.resume, overwrite)
     loader = build_train_loader(config, data, ranks=launched.ranks, pin_memory=launched.device.type == "cuda")
     identity = {
         "manifest": data.shards.manifest.digest(),
@@ -154,16 +154,19 @@ def _find_resume(config: Config, run_dir: Path, overwrite: bool) -> Path | None:
     setting = config.train.resume
     if setting == "never" or overwrite:
         return None
-    folder = checkpoint.newest_checkpoint(run_dir) if setting == "auto" else checkpoint.find_checkpoint(Path(setting))
-    if folder is None:
-        return None
+    if setting == "auto":
+        folder = checkpoint.newest_whole(run_dir)
+        return None if folder is None else folder.resolve()
+    folder = checkpoint.find_checkpoint(Path(setting))
     checkpoint.verify(folder)
-    return folder.resolve()
+    return folder
 
 
-def _check_run_dir(run_dir: Path, resume_from: Path | None, overwrite: bool) -> None:
+def _check_run_dir(run_dir: Path, resume_from: Path | None, setting: str, overwrite: bool) -> None:
     newest = checkpoint.newest_checkpoint(run_dir)
-    if newest is not None and not overwrite and newest.resolve() != resume_from:
+    # `auto` may have gone back behind damaged ones: they are set aside.
+    continues = resume_from is not None and (setting == "auto" or resume_from == (newest and newest.resolve()))
+    if newest is not None and not overwrite and not continues:
         raise ConfigError(
             f"`run.dir` {run_dir} already holds a run, the newest checkpoint being {newest.name}. "
             "Continue it with train.resume=auto, replace it with --overwrite, or choose another run.dir."

@@ -79,7 +79,7 @@ def test_nothing_of_a_run_but_its_log_waits(shards, tmp_path) -> None:
             report = trainer.run_step(batch.images, batch.labels, batch.rows)
     assert waits == []
     with noted() as reads:
-        values = trainer._read(report)
+        values = trainer.steps.read(report)
     assert len(reads) == 1 and "tolist" in reads[0]
     assert values == {name: float(value) for name, value in report.items()}
 
