@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+MIN_VENV ?= .venv-min
 SCATTER ?= 1
 TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -16,9 +17,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 INPUTS := setup.py pyproject.toml constraints.txt
 # One thread per process. Worksteal: the tests of a file share what they set up, and stay in one process with few
 # exceptions. Compiled tests are kept: to write their asserts anew takes each process 9 seconds.
-PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+PYTEST_OPTIONS := -m pytest -n $(TEST_WORKERS) --dist worksteal
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST_OPTIONS)
 
-.PHONY: demo test test-full test-slurm lint scatter
+.PHONY: demo test test-full test-min test-slurm lint scatter
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -30,6 +32,10 @@ test: $(VENV)/.installed-test scatter lint
 # Hours: every combination of the switches on 2, 3 and 4 ranks. In slices: PYTEST_ARGS="-k 'ranks2 and slice00'".
 test-full: $(VENV)/.installed-test scatter
 	$(PYTEST) -m full $(PYTEST_ARGS)
+
+# The oldest versions that setup.py allows, in an environment of their own (Python 3.11); without torch_scatter.
+test-min: $(MIN_VENV)/.installed-min
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(MIN_VENV)/bin/python $(PYTEST_OPTIONS) $(PYTEST_ARGS)
 
 # Needs root and Debian's slurmctld slurmd slurm-client munge: starts a SLURM of two nodes on this machine.
 test-slurm: $(VENV)/.installed-test
@@ -57,6 +63,15 @@ $(VENV)/.installed-test: $(INPUTS) | $(BIN)/python
 	@echo "installing into $(VENV) (the first time takes minutes: torch is large)"
 	$(PIP) --editable '.[glyphs,test]'
 	@touch $@
+
+$(MIN_VENV)/.installed-min: setup.py pyproject.toml constraints-min.txt | $(MIN_VENV)/bin/python
+	@echo "installing into $(MIN_VENV) (the first time takes minutes: torch is large)"
+	$(MIN_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-min.txt \
+		--editable '.[glyphs,test]'
+	@touch $@
+
+$(MIN_VENV)/bin/python:
+	tools/create_venv.sh $(PYTHON) $(MIN_VENV)
 
 $(BIN)/python:
 	tools/create_venv.sh $(PYTHON) $(VENV)

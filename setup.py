@@ -10,13 +10,15 @@ PICTURES = ["matplotlib>=3.8"]
 # The report's pictures and maps; t-SNE and k-means.
 REPORT = [*PICTURES, "scikit-learn>=1.4", "jinja2>=3.1", "markupsafe>=2.1"]
 # Approximate search, and embeddings as parquet.
-SEARCH = ["faiss-cpu>=1.8", "pyarrow>=15"]
+SEARCH = ["faiss-cpu>=1.10", "pyarrow>=15"]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"]
 CARS = ["scipy>=1.11"]
 # The first that lets several engines share one loss.
 DEEPSPEED = ["deepspeed>=0.19.8"]
 # Metric losses and miners; the next major release keeps its queues otherwise.
 PML = ["pytorch-metric-learning>=2.5,<3"]
+# Live metrics; earlier ones leave a partial text file where the disk is full.
+MONITOR = ["prometheus-client>=0.22"]
 
 setup(
     name="gcahng",
@@ -35,13 +37,13 @@ setup(
         "timm>=1.0",
         "accelerate>=1.1",
         "braceexpand>=0.1.7",
-        "pyyaml>=6.0",
+        "pyyaml>=6.0.1",
         "safetensors>=0.4",
         "numpy>=1.26",
         "pillow>=10.3",
         "simplejpeg>=1.8",
         "tqdm>=4.66",
-        "tensorboard>=2.16",
+        "tensorboard>=2.17",
         # Remote shards: web servers, and object stores with the package of each (s3fs, gcsfs, ...).
         "urllib3>=2.2.2",
         "fsspec>=2024.2",
@@ -55,6 +57,8 @@ setup(
         "deepspeed": DEEPSPEED,
         # Metric losses `pml.NAME` and their miners.
         "pml": PML,
+        # monitor.port and monitor.textfile.
+        "monitor": MONITOR,
         # Neighbour pictures.
         "pictures": PICTURES,
         # launch/report.py and clustering metrics.
@@ -74,6 +78,7 @@ setup(
             *REPORT,
             *SEARCH,
             *EXPORT,
+            *MONITOR,
             "playwright>=1.45",
             "pytest>=8.0",
             "pytest-xdist>=3.5",

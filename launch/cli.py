@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
+from gcahng.data.workers import worker_fault
 from gcahng.distributed import failures
 from gcahng.errors import InputError, TrainingError
 from gcahng.training.launched import launched_rank
@@ -35,6 +36,9 @@ def run(main: Callable[[], int]) -> None:
     except KeyboardInterrupt as error:
         status = _end(error, "interrupted", 130, rank)
     except Exception as error:
+        fault = worker_fault(error)  # may come up anywhere
+        if fault is not None:
+            sys.exit(_end(fault, f"error: {fault}", INPUT_FAULT, rank))
         if rank == 0 and not failures.connected():
             raise
         status = _end(error, "".join(traceback.format_exception(error)).rstrip(), 1, rank)

@@ -39,7 +39,7 @@ fi
 run_dir="${words[0]}"
 
 mkdir -p "$run_dir/slurm"
-# Held until srun ends, which takes the place of this script; `launch/tables.py run` takes the same lock.
+# Held until this script ends; `launch/tables.py run` takes the same lock.
 exec 9>>"$run_dir.log"
 if ! flock --nonblock 9; then
     echo "$run_dir is being trained by another process; nothing to do"
@@ -49,4 +49,6 @@ fi
 plan_ranks
 echo "job $SLURM_JOB_ID: $nodes nodes x $per_node processes, run $run_dir, logs in $run_dir/slurm" | tee -a "$run_dir.log"
 srun_options=(--output="$run_dir/slurm/%j-%n.log" --open-mode=append)
-start_ranks launch/train.py "${words[@]:1}"
+status=0
+start_ranks launch/train.py "${words[@]:1}" || status=$?
+end_job "$run_dir" "$status" > >(tee -a "$run_dir.log")

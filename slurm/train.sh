@@ -7,6 +7,7 @@
 #   five seeds           sbatch --array=0-4 ... slurm/train.sh CONFIG      (runs in RUN_DIR/seed-0 ... seed-4)
 #
 # A node runs one task, which starts the processes: --cpus-per-task is the CPUs of all of them with their loader workers.
+# Five minutes before its time limit, and where SLURM wants the nodes back, a job saves and is requeued.
 # Logs: RUN_DIR/slurm/JOB-NODE.log. Other variables: slurm/common.sh. docs/clusters.md says more.
 #SBATCH --job-name=gcahng
 #SBATCH --nodes=1
@@ -43,4 +44,6 @@ plan_ranks
 mkdir -p "$run_dir/slurm"
 echo "job $SLURM_JOB_ID: $nodes nodes x $per_node processes, rank 0 at $MASTER_ADDR:$MASTER_PORT, logs in $run_dir/slurm"
 srun_options=(--output="$run_dir/slurm/%j-%n.log" --open-mode=append)
-start_ranks launch/train.py "${arguments[@]}"
+status=0
+start_ranks launch/train.py "${arguments[@]}" || status=$?
+end_job "$run_dir" "$status"

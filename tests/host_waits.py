@@ -30,6 +30,7 @@ METHODS = frozenset({"tolist", "numpy", "item", "cpu", "__array__", "__bool__", 
 HOST_CODE = {
     ("gcahng.training.step", "require_group_major"),  # labels as the loader gives them
     ("gcahng.training.finite_checks", "host_numbers"),  # findings that have arrived
+    ("gcahng.metrics.spread", "effective_rank"),  # of a matrix that has arrived
     ("gcahng.random", "mixing_weights"),  # drawn on the CPU
     ("gcahng.generation.synthesis", "_holds_whole_classes"),  # looks at plans on the CPU alone
     ("gcahng.generation.generation_loss", "_check_values"),  # looks at labels on the CPU alone

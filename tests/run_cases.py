@@ -18,6 +18,7 @@ from gcahng.data.sources.folder import Folder
 from gcahng.distributed import ONE
 from gcahng.training.config import Config, config_from_mapping
 from gcahng.training.launched import Launched
+from gcahng.training.run_log import HARDNESS_FILE
 from gcahng.training.trainer import Trainer
 
 NUM_CLASSES = 16
@@ -26,6 +27,7 @@ SIDE = 20
 STEPS_PER_EPOCH = 5
 # What a second run of the same settings may show otherwise.
 CLOCK_KEYS = ("step_seconds", "data_seconds")
+MEASURED = ("seconds_per_step", "peak_memory_bytes")
 ALONE = Launched(ONE, torch.device("cpu"), "plain")
 
 
@@ -130,5 +132,29 @@ def saved_tensors(run_dir: Path, link: str = "last") -> dict[str, torch.Tensor]:
 
 def assert_same_tensors(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> None:
     """Bit for bit."""
-    assert got.keys() == want.keys()
-    assert [name for name in want if not torch.equal(got[name], want[name])] == []
+    assert got.keys() == want.keys(), sorted(got.keys() ^ want.keys())
+    different = [name for name in want if not torch.equal(got[name], want[name])]
+    assert not different, different
+
+
+def assert_same_run(got: Path, want: Path) -> None:
+    """Bit for bit: checkpoints, links, logs and results, without what was measured."""
+    for link in ("last", "best", "best_test"):
+        if not (want / link).is_symlink() and link == "best":  # without validation
+            assert not (got / link).is_symlink()
+            continue
+        assert (got / link).readlink() == (want / link).readlink()
+        assert_same_tensors(saved_tensors(got, link), saved_tensors(want, link))
+        assert read_state(got, link) == read_state(want, link)
+        for file in (want / link).glob("optimizer-*.pt"):
+            groups = [
+                torch.load(folder / link / file.name, weights_only=True)["param_groups"] for folder in (got, want)
+            ]
+            assert groups[0] == groups[1]
+    assert read_metrics(got) == read_metrics(want)
+    assert (got / HARDNESS_FILE).read_text() == (want / HARDNESS_FILE).read_text() != ""
+    results = [json.loads((folder / "results.json").read_text()) for folder in (got, want)]
+    assert [{k: v for k, v in r.items() if k not in MEASURED} for r in results][0] == {
+        k: v for k, v in results[1].items() if k not in MEASURED
+    }
+    assert {p.name for p in got.glob("step-*")} == {p.name for p in want.glob("step-*")}

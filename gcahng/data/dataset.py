@@ -21,6 +21,7 @@ from gcahng.data.images.transform_settings import TransformSettings
 from gcahng.data.images.transforms import eval_transform, train_draws, train_transform
 from gcahng.data.plans.class_table import ClassTable
 from gcahng.data.shards.reader import ShardSet
+from gcahng.data.workers import Failure
 from gcahng.errors import DataError, InputError, UnreachableError
 
 OnError = Literal["fail", "skip"]
@@ -84,13 +85,6 @@ class Batch:
             rows=move(self.rows),
             classes=move(self.classes),
         )
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An error on its way from a worker, as a value: raised, it would bring a traceback along."""
-
-    message: str
 
 
 @dataclass(frozen=True, eq=False)

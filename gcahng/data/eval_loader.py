@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gcahng.data.dataset import EvalImages, Failure, ImageSource
+from gcahng.data.dataset import EvalImages, ImageSource
 from gcahng.data.images.decode import MAX_PIXELS
 from gcahng.data.images.transform_settings import TransformSettings
 from gcahng.data.ranks import rank_part
-from gcahng.data.workers import requests_in_flight, worker_loader
+from gcahng.data.workers import Failure, next_answer, requests_in_flight, worker_loader
 from gcahng.errors import DataError, InputError
 
 __all__ = ["EvalLoader", "eval_loader"]
@@ -38,7 +38,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         answers = iter(self._loader)
-        while (answer := next(answers, None)) is not None:
+        while (answer := next_answer(answers)) is not None:
             if isinstance(answer, Failure):
                 del answers  # ends the workers, see TrainLoader
                 raise DataError(answer.message)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gcahng.data.dataset import Batch, Failure, ImageSource, OnError, TrainImages
+from gcahng.data.dataset import Batch, ImageSource, OnError, TrainImages
 from gcahng.data.images.decode import MAX_PIXELS
 from gcahng.data.images.transform_settings import TransformSettings
 from gcahng.data.plans.batch_plan import EpochPlan
@@ -21,7 +21,7 @@ from gcahng.data.plans.plan import make_plan
 from gcahng.data.plans.windows import training_shards
 from gcahng.data.ranks import rank_classes, rank_sizes
 from gcahng.data.requests import Requests
-from gcahng.data.workers import requests_in_flight, worker_loader
+from gcahng.data.workers import Failure, next_answer, requests_in_flight, worker_loader
 from gcahng.errors import DataError, InputError
 
 __all__ = ["Batch", "EpochLoader", "TrainLoader", "train_loader"]
@@ -135,7 +135,7 @@ class TrainLoader:
         self._requests.begin(plan, epoch, start_batch)
         mine = self._requests.run
         answers = iter(self._loader)
-        while (answer := next(answers, None)) is not None:
+        while (answer := next_answer(answers)) is not None:
             if isinstance(answer, Failure):
                 # The traceback would keep the workers, and torch takes seconds to end each of them
                 # once they are left to the garbage collector.

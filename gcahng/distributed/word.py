@@ -1,12 +1,14 @@
 """A word that one rank leaves for all, without a collective: in the store through which the ranks found each other."""
 
 import time
+from itertools import count
 
 from gcahng.distributed.ranks import Ranks
 from gcahng.distributed.store import default_store
 
 _LOOK_EVERY_S = 1.0
-_ANSWER_WITHIN_S = 5.0
+# Words made so far: what was said in one run of a process group is not for the next.
+_made = count()
 
 
 class SharedWord:
@@ -16,10 +18,10 @@ class SharedWord:
         """
         Args:
             name: Of the word.
-            ranks: All ranks; one alone needs no store.
+            ranks: All ranks, which make their words in the same order; one alone needs no store.
         """
-        self._name = name
-        self._store = None if ranks.size == 1 else default_store("words", _ANSWER_WITHIN_S)
+        self._name = f"{name}/{next(_made)}"
+        self._store = None if ranks.size == 1 else default_store("words")
         self._looked = -_LOOK_EVERY_S
         self._left = False
 

@@ -55,7 +55,7 @@ def synthetic_loss(
     among_negatives, squares = _Candidates.apply(batch, coefficients, *batch.tensors)
     positive = positives(z, synthesis.num_samples)
     own = (z * positive).sum(1)
-    spread = _by_process(batch.plan.samples(among_negatives), batch.plan)
+    spread = by_process(batch.plan.samples(among_negatives), batch.plan)
     total = torch.logsumexp(torch.cat([reduce(spread), own[None]]), 0)
     length = z.square().sum()
     lengths = length / batch.plan.batch_size + (reduce(squares) + length) / batch.entry_count
@@ -72,7 +72,7 @@ def _whole_table(coefficients: TableCoefficients | PairCoefficients) -> Tensor:
     return coefficients.table()
 
 
-def _by_process(values: Tensor, plan: PairPlan) -> Tensor:
+def by_process(values: Tensor, plan: PairPlan) -> Tensor:
     """(B,) values as one row of a (processes, B) table of zeros, whose sum over the processes holds all rows."""
     rank, ranks = plan.share
     before, after = values.new_zeros(rank, len(values)), values.new_zeros(ranks - 1 - rank, len(values))
@@ -101,7 +101,7 @@ class _Candidates(torch.autograd.Function):
                     score, square = score.masked_fill(counted == 0, NEVER), square * counted
                 scores.append(score)
                 squares += square.sum()
-        totals = _by_anchor(batch.plan, scores)
+        totals = by_anchor(batch.plan, scores)
         ctx.batch, ctx.coefficients = batch.bare(), coefficients
         ctx.save_for_backward(*tensors, totals, *scores)
         return totals, squares
@@ -143,7 +143,7 @@ def _chunks(batch: PlacedBatch, coefficients: ChunkedCoefficients) -> Iterator[C
         yield ChunkSynthesis(batch, part.chunk, (None, None) if rows is None else rows.chunk(part))
 
 
-def _by_anchor(plan: PairPlan, scores: list[Tensor]) -> Tensor:
+def by_anchor(plan: PairPlan, scores: list[Tensor]) -> Tensor:
     """(num_positions,) logsumexp of each anchor's scores."""
     shift = scores[0].new_full((plan.num_blocks, plan.block_size), NEVER)
     for (chunk, axis), score in zip(_ways(plan), scores, strict=True):

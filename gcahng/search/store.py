@@ -216,7 +216,7 @@ def _mapped(path: Path, dtype: str, dimensions: int) -> "np.memmap[Any, Any]":
     """An array of a file, mapped; changes would stay in memory."""
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError, SyntaxError) as error:
+    except Exception as error:  # numpy evaluates the header, and raises what its parts please
         raise DataError(f"{path} is no array that can be mapped ({error}). {_REPAIR}") from None
     if not isinstance(array, np.memmap) or array.dtype != np.dtype(dtype) or array.ndim != dimensions:
         found = f"{getattr(array, 'dtype', type(array).__name__)} of shape {getattr(array, 'shape', None)}"

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gcahng.data.dataset import Failure
 from gcahng.data.images.decode import decode_image
 from gcahng.data.images.transform_settings import TransformSettings
 from gcahng.data.images.transforms import eval_transform
@@ -17,7 +16,7 @@ from gcahng.data.tars.labels import NO_LABEL, Label, read_label
 from gcahng.data.tars.locations import TarPlace, find_tars
 from gcahng.data.tars.members import TarMembers
 from gcahng.data.tars.samples import TarSample, image_of, tar_samples
-from gcahng.data.workers import worker_loader
+from gcahng.data.workers import Failure, next_answer, worker_loader
 from gcahng.errors import DataError
 from gcahng.search.image_parts import Job, PartBatch, shown_place
 from gcahng.search.part_files import ImageRow, PartFiles
@@ -83,7 +82,7 @@ class TarParts:
         images = _Decoded(settings.transform, tar.location)
         loader = worker_loader(images, requests, settings.num_workers, settings.device.type == "cuda")
         answers = iter(loader)
-        while (answer := next(answers, None)) is not None:
+        while (answer := next_answer(answers)) is not None:
             if isinstance(answer, Failure):
                 del answers  # ends the workers
                 raise DataError(answer.message)

@@ -156,8 +156,10 @@ class PlainBackend:
 
     def _check_gradients(self, optimizers: Mapping[str, Optimizer], reach: str) -> None:
         """Before any parameter moves: raise, or close the gate, if a gradient is not finite."""
-        # A loss scaler looks at gradients itself: those that overflow are its business.
-        checked = {} if self.scaler is not None else {name: gradients_of(o) for name, o in optimizers.items()}
+        checked: dict[str, Sequence[Tensor]] = {name: gradients_of(o) for name, o in optimizers.items()}
+        if self.scaler is not None:
+            # A loss scaler looks at gradients itself: those that overflow are its business, until no scale has helped.
+            checked = {name: _beyond_help(self.scaler, gradients) for name, gradients in checked.items()}
         self.checks.gradients(checked, reach)
         if not all(obeys_gate(optimizer) for optimizer in optimizers.values()):
             self.checks.settle()
@@ -199,6 +201,15 @@ class PlainBackend:
 def gradients_of(optimizer: Optimizer) -> list[Tensor]:
     """The gradients that there are of an optimiser's parameters."""
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _beyond_help(scaler: torch.amp.GradScaler, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What to check of gradients that a loss scaler checks: nothing but zero as long as the loss is scaled up."""
+    scale = scaler._scale
+    if not gradients or scale is None:
+        return ()
+    largest = torch.stack(torch._foreach_norm(list(gradients), ord=math.inf)).amax()
+    return (torch.where(scale.to(largest.device) < 1, largest, 0.0),)
 
 
 def spoil(gradients: Sequence[Tensor], gate: Tensor) -> None:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +18,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gcahng.errors import ConfigError, DataError, TrainingError
+from gcahng.training.checkpoint_files import read_listing, read_object, read_optimizer_file, read_safetensors
+from gcahng.training.step_dump import FOLDER as FAULTS
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def save_checkpoint(
         TrainingError: It cannot be written (a full disk, say); what stood in `run_dir` is as before.
     """
     target = run_dir / f"step-{step}"
-    partial = run_dir / f"step-{step}{PARTIAL}"
+    partial, replaced = run_dir / f"step-{step}{PARTIAL}", run_dir / f"step-{step}{REPLACED}"
     for left_over in run_dir.glob(f"step-*{PARTIAL}"):  # of a killed process
         shutil.rmtree(left_over, ignore_errors=True)
     try:
@@ -78,7 +79,6 @@ def save_checkpoint(
         for file in partial.iterdir():
             _sync(file)
         _sync(partial)
-        replaced = run_dir / f"step-{step}{REPLACED}"
         if target.exists():  # a folder cannot be renamed over another one: there is always one of the two
             shutil.rmtree(replaced, ignore_errors=True)
             target.rename(replaced)
@@ -88,6 +88,8 @@ def save_checkpoint(
     # Beside OSError: safetensors and torch.save have their own errors for a disk that refuses.
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
         raise TrainingError(
             f"Checkpoint {target} cannot be written ({error}): make room or repair the disk. The newest whole "
             "checkpoint is as it was."
@@ -99,8 +101,14 @@ def _write_parts(
     folder: Path, modules: Mapping[str, Mapping[str, Tensor]], optimizers: Mapping[str, Mapping[str, Any]]
 ) -> None:
     for name, state in modules.items():
-        # Copies: safetensors refuses tensors that share memory, as tied weights of an own backbone do.
-        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+        tensors, seen = {}, set()
+        for key, value in state.items():
+            tensor = value.detach().cpu().contiguous()
+            memory = tensor.untyped_storage()
+            # safetensors refuses tensors that share memory, as tied weights of an own backbone do.
+            shares = memory.data_ptr() in seen or memory.nbytes() != tensor.nbytes
+            seen.add(memory.data_ptr())
+            tensors[key] = tensor.clone() if shares else tensor
         if tensors:
             save_file(tensors, folder / f"{name}.safetensors")
     for name, moments in optimizers.items():
@@ -113,6 +121,7 @@ def point(run_dir: Path, name: str, target: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
     temporary.replace(run_dir / name)
+    _sync(run_dir)  # before anything is removed that the link named until now
 
 
 def prune(run_dir: Path, keep_last: int) -> None:
@@ -121,7 +130,11 @@ def prune(run_dir: Path, keep_last: int) -> None:
     folders = checkpoints(run_dir)
     for folder in folders[: max(0, len(folders) - keep_last)]:
         if folder.resolve() not in kept:
-            shutil.rmtree(folder)
+            # Not half a checkpoint under its name if the process is killed now; the next save removes the rest.
+            gone = folder.with_name(folder.name.removesuffix(REPLACED) + PARTIAL)
+            shutil.rmtree(gone, ignore_errors=True)
+            folder.rename(gone)
+            shutil.rmtree(gone)
 
 
 def clear_run(run_dir: Path) -> None:
@@ -129,7 +142,7 @@ def clear_run(run_dir: Path) -> None:
     for entry in run_dir.iterdir():
         if entry.is_symlink() and entry.name in LINKS:
             entry.unlink()
-        elif entry.is_dir() and (_step_number(entry) is not None or entry.name == "tensorboard"):
+        elif entry.is_dir() and (_step_number(entry) is not None or entry.name in ("tensorboard", FAULTS)):
             shutil.rmtree(entry)
     (run_dir / "results.json").unlink(missing_ok=True)
 
@@ -155,12 +168,7 @@ def verify(folder: Path) -> None:
     Raises:
         DataError: A file is missing or damaged.
     """
-    try:
-        listing = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        items = [(name, entry["bytes"], entry["sha256"]) for name, entry in listing.items()]
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise DataError(f"{folder / MANIFEST} is unreadable ({error}). Use another checkpoint.") from error
-    for name, size, digest in items:
+    for name, size, digest in read_listing(folder / MANIFEST):
         file = folder / name
         if not file.is_file():
             raise DataError(f"Checkpoint {folder} lacks {name}. Use another checkpoint.")
@@ -173,14 +181,13 @@ def verify(folder: Path) -> None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """`state.json` of a verified checkpoint."""
-    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    return state
+    return read_object(folder / STATE)
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """Tensors of one part; empty if the part has none."""
     file = folder / f"{name}.safetensors"
-    return load_file(file) if file.is_file() else {}
+    return read_safetensors(file) if file.is_file() else {}
 
 
 def load_module(module: nn.Module, folder: Path, name: str) -> None:
@@ -235,13 +242,7 @@ def read_optimizer(folder: Path, name: str, like: Optimizer) -> dict[str, Any]:
     file = folder / f"optimizer-{name}.pt"
     if not file.is_file():
         raise DataError(f"Checkpoint {folder} lacks {file.name}: it cannot be resumed. Use train.init_from.")
-    try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{file} holds more than tensors and plain values: it is not read, since that could run code. "
-            "Use train.init_from."
-        ) from error
+    state = read_optimizer_file(file)
     for saved, own in zip(state["param_groups"], like.param_groups, strict=False):
         if "fused" in own:
             saved["fused"] = own["fused"]  # belongs to the device of this run, not to the checkpoint's
@@ -322,8 +323,12 @@ def newest_whole(run_dir: Path) -> Path | None:
     return None
 
 
-def set_aside_later(run_dir: Path, folder: Path) -> None:
-    """Rename the checkpoints newer than `folder`, which a run goes on from: they are damaged, and are not counted."""
+def put_in_order(run_dir: Path, folder: Path) -> None:
+    """Make a run folder that of a run that stands at `folder`, which it goes on from.
+
+    Newer checkpoints are damaged: they are renamed, and not counted. Links that name them, or nothing, go; `last` names
+    `folder`. What a killed process left half renamed gets its name back.
+    """
     whole = checkpoints(run_dir)
     resolved = [entry.resolve() for entry in whole]
     if folder.resolve() not in resolved:
@@ -332,6 +337,13 @@ def set_aside_later(run_dir: Path, folder: Path) -> None:
         aside = later.with_name(later.name.removesuffix(REPLACED) + DAMAGED)
         shutil.rmtree(aside, ignore_errors=True)
         later.rename(aside)
+    if folder.suffix == REPLACED:
+        folder = folder.rename(folder.with_suffix(""))
+    for name in LINKS:
+        link = run_dir / name
+        if link.is_symlink() and not link.is_dir():
+            link.unlink()
+    point(run_dir, "last", folder)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

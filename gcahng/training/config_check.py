@@ -339,6 +339,11 @@ RELATIONS: tuple[Relation, ...] = (
         lambda precision, device: precision == "fp16" and device == "cpu",
         "fp16 needs CUDA, but train.device is cpu. Set train.precision=bf16 or fp32",
     ),
+    Relation(
+        ("monitor.each_rank", "monitor.port"),
+        lambda each, port: each and port is None,
+        "needs a port for rank 0 to count from: got monitor.port=null. Set monitor.port",
+    ),
     *_GENERATOR_RELATIONS,
     *_EVAL_RELATIONS,
 )

@@ -27,6 +27,9 @@ COMMAND_LINE = "command line"
 
 log = logging.getLogger(__name__)
 
+_MAX_FAULTS = 100  # that an error lists
+_MAX_FAULT = 600  # characters of each; a configuration may be anybody's
+
 RETIRED = {
     "eval.chunk_size": "the search takes `eval.memory_mb` of memory instead",
 }
@@ -197,7 +200,7 @@ def _build(layers: _Layers, title: str) -> Config:
         layers.add_fault(key, sources[-1] if sources else "default", fault)
     if layers.faults:
         count = len(layers.faults)
-        listing = "\n".join(f"  {fault}" for fault in layers.faults)
+        listing = "\n".join(f"  {fault:.{_MAX_FAULT}}" for fault in layers.faults[:_MAX_FAULTS])
         raise ConfigError(f"Configuration {title} has {count} fault{'s' * (count > 1)}:\n{listing}")
     return _assemble(Config, values)
 

@@ -5,9 +5,9 @@
 first bad phase on. The host reads the findings one or two steps later and raises the same error; the parameters are
 then those before the bad phase.
 
-Not undone in either case: running statistics of BatchNorms that have taken in a bad batch. With immediate checks
-those are the metric model's, with deferred checks also the graph's and those of the steps until the error; the same
-holds for epoch averages. A run ends with the error and saves nothing.
+Not undone here: running statistics of BatchNorms that have taken in a bad batch. With immediate checks those are the
+metric model's, with deferred checks also the graph's and those of the steps until the error; the same holds for epoch
+averages. `gcahng.training.step_faults` puts back what a step that is left out has changed.
 
 Several ranks raise together, at the same call: else one would leave while the others wait for it. Embeddings are those
 of the global batch, which all have; about losses and gradients they tell each other once per pass, before anything
@@ -20,7 +20,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -33,15 +33,34 @@ from gcahng.errors import TrainingError
 MOST_AHEAD = 2
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What was not finite.
+
+    Attributes:
+        what: Kind of number.
+        reach: Pass in which it was met: "metric", "classifier" or "generation".
+        part: Of a gradient.
+        positions: Of the bad samples in the global batch, of embeddings.
+    """
+
+    what: Literal["embedding", "loss", "gradient"]
+    reach: str
+    part: str | None = None
+    positions: tuple[int, ...] = ()
+
+
 class NotFinite(TrainingError):
     """A number that training needs is NaN or infinite; nothing has moved by it.
 
     Attributes:
         step: Global step in which it was met.
+        finding: What it is.
     """
 
-    def __init__(self, step: int, message: str) -> None:
+    def __init__(self, step: int, message: str, finding: Finding) -> None:
         self.step = step
+        self.finding = finding
         super().__init__(f"Step {step}: {message}")
 
 
@@ -58,6 +77,7 @@ class NonFiniteEmbedding(NotFinite):
             step,
             f"{len(positions)} embeddings of the batch are not finite, the first at position {positions[0]}; "
             "no parameter was moved. Check the images, or lower the learning rate.",
+            Finding("embedding", "metric", positions=tuple(positions)),
         )
 
 
@@ -330,6 +350,7 @@ def _bad_loss(step: int, value: float, reach: str) -> NotFinite:
         step,
         f"The {reach} loss is {value}; no parameter was moved in this phase. "
         "Lower the learning rate, or train with precision fp32.",
+        Finding("loss", reach),
     )
 
 
@@ -338,4 +359,5 @@ def _bad_gradients(step: int, part: str, reach: str) -> NotFinite:
         step,
         f"Gradients of `{part}` are not finite in the {reach} pass; no parameter was moved. "
         "Lower the learning rate, or train with precision fp32.",
+        Finding("gradient", reach, part),
     )

@@ -25,10 +25,12 @@ def node_and_synthetic(
     synthesis: Synthesis | None,
     generates: bool,
     call: Mapping[str, Any],
+    record: HardnessRecord | None = None,
 ) -> dict[str, Tensor]:
     """The graph's part of the metric pass: J_nce, and J_syn if its coefficients make the negatives.
 
-    A graph without node classifier gives "node_features", (B, D), in place of J_nce.
+    A graph without node classifier gives "node_features", (B, D), in place of J_nce. What a record says of the
+    negatives comes with the losses.
     """
     output = graph(z, labels, need_coefficients=generates, coefficient_gradient=False, **call)
     with torch.autocast(z.device.type, enabled=False):
@@ -39,6 +41,8 @@ def node_and_synthetic(
         if generates:
             assert synthesis is not None
             losses["synthetic_loss"] = synthetic_loss(z, output.coefficients, synthesis, reduce=call["reduce"])
+            if record is not None:
+                losses |= record.take_candidates(z, output.coefficients, synthesis)
     return losses
 
 

@@ -1,5 +1,7 @@
 """How hard the negatives of a batch are, before and after interpolation: what `hardness.jsonl` records.
 
+Logged steps have signals of a collapse besides (`gcahng.training.collapse`), which `metrics.jsonl` holds.
+
 All of it is of the global batch, the same on any number of ranks: each rank counts the edges of its own block pairs,
 and the counts are added up. Distances are those of the interpolation (`gcahng.generation.interpolation`), in the
 distance space of its rule. *Edges* are the ordered pairs of an anchor and a negative of another class; a sparse graph
@@ -12,7 +14,7 @@ nodes, m = b / K classes per block, as in `gcahng.generation.pair_synthesis`.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,13 +22,14 @@ from torch import Tensor
 
 from gcahng.generation import ConstantClassifier, Synthesis
 from gcahng.generation.interpolation import Interpolation, distance, positive_distances
-from gcahng.generation.pair_synthesis import ChunkSynthesis, CoefficientRows, Pulls, Way
+from gcahng.generation.pair_synthesis import ChunkSynthesis, Way
 from gcahng.generation.synthesis import PlacedBatch, place
 from gcahng.graph import Coefficients, PairPlan, UnitCoefficients
-from gcahng.graph.coefficients import TableCoefficients
-from gcahng.graph.edge_layout import ChunkRows, edge_layout
-from gcahng.graph.pairs import PairChunk, ends
+from gcahng.graph.pairs import ends
 from gcahng.losses import select_triplets
+from gcahng.metrics.spread import effective_rank, scatter_matrix
+from gcahng.training.collapse import embedding_signals, synthetic_signals
+from gcahng.training.edge_chunks import other_class, pulls_by_chunk
 
 # Distances: 16 bins per octave, what lies outside counts in the first or last one. The scale of embeddings is free.
 FIRST_OCTAVE, LAST_OCTAVE, BINS_PER_OCTAVE = -6, 10, 16
@@ -63,7 +66,7 @@ class HardnessRecord:
     """What is measured in one step; filled by the step, read once.
 
     Args:
-        edges: Measure all edges, a row of `hardness.jsonl`; False: the hard-negative ratio alone.
+        edges: Measure all edges, a row of `hardness.jsonl`; False: the hard-negative ratio and the signals alone.
         reduce: Sum over ranks; ranks that call it pass the same argument `edges`.
     """
 
@@ -71,25 +74,39 @@ class HardnessRecord:
         self.edges = edges
         self._reduce = reduce
         self._found: dict[str, Tensor] = {}
+        self._scatter: Tensor | None = None
 
     @torch.no_grad()
-    def take_batch(self, z: Tensor, labels: Tensor, rule: Interpolation, num_samples: int) -> Tensor:
-        """Take the embeddings: (B, D) and labels (B,) of the global batch, group-major; gives the hard-negative ratio.
+    def take_batch(
+        self, z: Tensor, labels: Tensor, plan: PairPlan, rule: Interpolation, num_samples: int
+    ) -> dict[str, Tensor]:
+        """Take the embeddings: (B, D) and labels (B,) of the global batch, group-major.
 
         Args:
             z, labels: See above.
+            plan: Block pairs of this rank, of whole classes.
             rule: Says where distances are measured.
             num_samples: K.
+        Returns:
+            Scalars: "hard_negative_ratio", and those of `gcahng.training.collapse.embedding_signals`.
         """
         with torch.autocast(z.device.type, enabled=False):
             ratio = hard_negative_ratio(z, labels)
             self._found["hard_negative_ratio"] = ratio
+            self._scatter = scatter_matrix(z.detach())
+            signals = embedding_signals(z, plan, rule, num_samples, self._reduce)
             if self.edges:
                 near = positive_distances(rule.distance_space(z.detach()), num_samples)
                 counts = _Distances(near)
                 counts.add(near, torch.ones_like(near, dtype=torch.bool))
                 self._found |= {"d_positive": counts.histogram, "sum_d_positive": counts.sum}
-        return ratio
+        return {"hard_negative_ratio": ratio} | signals
+
+    @torch.no_grad()
+    def take_candidates(self, z: Tensor, coefficients: Coefficients, synthesis: Synthesis) -> dict[str, Tensor]:
+        """Scalars of the synthetic negatives of the metric pass: `gcahng.training.collapse.synthetic_signals`."""
+        with torch.autocast(z.device.type, enabled=False):
+            return synthetic_signals(z, coefficients, synthesis, self._reduce)
 
     @torch.no_grad()
     def take_negatives(self, z: Tensor, plan: PairPlan, rule: Interpolation, num_samples: int) -> None:
@@ -105,7 +122,7 @@ class HardnessRecord:
         points = plan.positions(rule.distance_space(z.detach()))
         before = _Distances(points)
         for chunk in plan.chunks:
-            other = _other_class(plan, chunk, num_samples)
+            other = other_class(plan, chunk, num_samples)
             first, second = ends(points, chunk)
             gap = first[:, :, None] - second[:, None, :]
             for sign in (1, -1) if chunk.mirrored else (1,):
@@ -135,7 +152,7 @@ class HardnessRecord:
         with torch.autocast(z.device.type, enabled=False):
             batch = place(z.detach(), coefficients.plan, synthesis)
             sums = _SyntheticSums(batch, synthesis.rule, classifier.lowered(), class_labels)
-            for part, pulls in _pulls(coefficients):
+            for part, pulls in pulls_by_chunk(coefficients):
                 sums.add(ChunkSynthesis(batch, part.chunk, pulls))
             self._add_up(sums.found(not isinstance(coefficients, UnitCoefficients)))
 
@@ -144,6 +161,16 @@ class HardnessRecord:
         total = self._reduce(torch.cat([value.flatten() for value in partial.values()]))
         parts = total.split([value.numel() for value in partial.values()])
         self._found |= {name: part.view_as(partial[name]) for name, part in zip(partial, parts, strict=True)}
+
+    @property
+    def unread(self) -> Tensor | None:
+        """What `late_signals` takes: to be brought to the host together with the step's losses."""
+        return self._scatter
+
+    @staticmethod
+    def late_signals(scatter: Tensor) -> dict[str, float]:
+        """ "effective_rank" (`gcahng.metrics.spread`), from `unread` on the CPU."""
+        return {"effective_rank": effective_rank(scatter)}
 
     def row(self) -> dict[str, Any]:
         """What was found, as plain numbers; waits for the device, once.
@@ -250,7 +277,7 @@ class _SyntheticSums:
 
     def add(self, work: ChunkSynthesis) -> None:
         """Take a chunk."""
-        other = _other_class(self._batch.plan, work.chunk, self._batch.num_samples)
+        other = other_class(self._batch.plan, work.chunk, self._batch.num_samples)
         shared = len(work.ways) == 2 and work.ways[0].coefficients is work.ways[1].coefficients
         for number, way in enumerate(work.ways):
             self._before.add(distance(-way.sign * work.gap), other)
@@ -300,40 +327,3 @@ class _SyntheticSums:
             of_ranks[rank, 0], of_ranks[rank, 1] = self._least, self._largest
             found |= {"coefficients": self._coefficients, "spread": self._spread, "spread_range": of_ranks}
         return found
-
-
-def _other_class(plan: PairPlan, chunk: PairChunk, num_samples: int) -> Tensor:
-    """(n, b, b) bool: the chunk's edges between real samples of different classes."""
-    size = chunk.first.shape[0], plan.block_size, plan.block_size
-    if chunk.mirrored:  # whole classes, so none is in both blocks
-        other = chunk.first.new_ones(1, 1, 1, dtype=torch.bool)
-    else:
-        own = torch.arange(plan.block_size, device=chunk.first.device) // num_samples
-        other = (own[:, None] != own)[None]
-    valid = plan.valid_ends(chunk, torch.float32)
-    if valid is not None:
-        other = other & (valid[0][:, :, None] * valid[1][:, None, :]).bool()
-    return other.expand(size)
-
-
-def _pulls(coefficients: Coefficients) -> Iterator[tuple[ChunkRows, Pulls]]:
-    """The chunks of this rank with their coefficients."""
-    if isinstance(coefficients, UnitCoefficients):
-        for part in coefficients.layout.parts:
-            yield part, (None, None)
-        return
-    if isinstance(coefficients, TableCoefficients):
-        # A table has the edges of all ranks.
-        for part in edge_layout(coefficients.plan, None, 0).parts:
-            yield part, _of_table(coefficients, part.chunk)
-        return
-    rows = CoefficientRows.of(coefficients)
-    for part in coefficients.layout.parts:
-        yield part, rows.chunk(part)
-
-
-def _of_table(coefficients: TableCoefficients, chunk: PairChunk) -> Pulls:
-    first, second = ends(coefficients.plan.order, chunk)
-    values = coefficients.values.detach()
-    forward = values[first[:, :, None], second[:, None, :]]
-    return forward, values[second[:, None, :], first[:, :, None]] if chunk.mirrored else None

@@ -22,11 +22,13 @@ def make_backend(
         parts: What is trained.
         launched: How the run was started.
         deferred_checks: Whether the step never waits for the device (see `PlainBackend`); by default on CUDA, where
-            each rank must then call `checks.finish()` at the same places.
+            each rank must then call `checks.finish()` at the same places. Never with `health.skip_non_finite`.
     Raises:
         ConfigError: The backend refuses the precision or the launcher's settings.
     """
     deferred = launched.device.type == "cuda" if deferred_checks is None else deferred_checks
+    # A step that is left out must be known before the next one begins.
+    deferred = deferred and not config.health.skip_non_finite
     trained = (parts.modules, parts.optimizers, parts.gates)
     precision = config.train.precision
     if launched.kind == "plain":

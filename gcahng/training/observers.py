@@ -76,10 +76,11 @@ class RunObserver:
 
 
 class Observers(RunObserver):
-    """Several as one; one that fails is logged and left out from then on."""
+    """Several as one; one that fails is logged and told of the end alone from then on."""
 
     def __init__(self, observers: Sequence[RunObserver]) -> None:
         self._observers = list(observers)
+        self._failed: list[RunObserver] = []
 
     def begin(self, facts: RunFacts, progress: Progress) -> None:
         self._tell("begin", facts, progress)
@@ -106,6 +107,7 @@ class Observers(RunObserver):
         self._tell("saved", progress, saved)
 
     def end(self, progress: Progress, status: str) -> None:
+        self._observers += self._failed  # what they hold open is closed
         self._tell("end", progress, status)
 
     def _tell(self, event: str, *facts: Any) -> None:
@@ -115,8 +117,20 @@ class Observers(RunObserver):
             except Exception:  # whatever it is: not worth a run
                 log.exception("%s failed and is left out from here on.", type(observer).__name__)
                 self._observers.remove(observer)
+                self._failed.append(observer)
 
 
 def make_observers(config: Config, ranks: Ranks) -> Observers:
-    """The observers that a configuration asks for, on this rank."""
-    return Observers([])
+    """The observers that a configuration asks for, on this rank; all ranks call it.
+
+    Raises:
+        ConfigError: What one of them needs is missing.
+    """
+    # These build on what stands above.
+    from gcahng.training.collapse_warning import CollapseWarning
+    from gcahng.training.heartbeat import HeartbeatObserver
+    from gcahng.training.metrics_observer import metrics_observers
+
+    heartbeat = [HeartbeatObserver()] if ranks.first else []
+    collapse = [CollapseWarning(config)] if config.health.collapse_warning else []
+    return Observers([*heartbeat, *collapse, *metrics_observers(config, ranks)])

@@ -193,6 +193,12 @@ def build_step(
     """
     backend = make_backend(config, parts, launched, deferred_checks=deferred_checks)
     ranks = launched.ranks
+    class_counts = rank_sizes(config.batch.num_classes, ranks.size)
+    return TrainingStep(backend, step_settings(config), ranks=ranks, class_counts=class_counts), backend
+
+
+def step_settings(config: Config) -> StepSettings:
+    """The constants of the iteration that a configuration asks for."""
     weights = config.generation.weights
     settings: dict[str, Any] = {
         "seed": config.seed,
@@ -215,5 +221,4 @@ def build_step(
         "micro_batch": config.accumulation.micro_batch,
         "microbatch_statistics": config.accumulation.microbatch_statistics,
     }
-    class_counts = rank_sizes(config.batch.num_classes, ranks.size)
-    return TrainingStep(backend, StepSettings(**settings), ranks=ranks, class_counts=class_counts), backend
+    return StepSettings(**settings)

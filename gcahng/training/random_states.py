@@ -1,7 +1,8 @@
 """States of a process's random generators as tensors, so that a checkpoint can hold them without pickles.
 
 Every draw of the library itself is a function of seed, step and rank (`gcahng.random`) and needs no state. An own
-backbone, loss or sampler may draw from torch's, numpy's and Python's generators: those states are kept, each rank's.
+backbone, loss or sampler may draw from torch's, numpy's and Python's generators: they are seeded when a run begins, and
+their states are kept, each rank's.
 """
 
 import random
@@ -11,7 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gcahng.random import stream_key
+
 _NUMPY = "MT19937"
+
+
+def seed_generators(seed: int, rank: int) -> None:
+    """Begin torch's, numpy's and Python's generators as a function of the run's seed and the rank."""
+    key = stream_key(seed, "process", rank)
+    torch.manual_seed(key >> 1)
+    np.random.seed(key % 2**32)
+    random.seed(key)
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from gcahng.training.observers import RunObserver
 from gcahng.training.parts import RunParts
 from gcahng.training.progress import Progress
 from gcahng.training.random_states import random_states, set_random_states
+from gcahng.training.run_log import NoLog, RunLog
 from gcahng.training.run_state import load_optimizers, load_schedules, schedule_states, whole_states
-from gcahng.training.saving import CheckpointWriter, Saved, Snapshot, copied
+from gcahng.training.saving import CheckpointWriter, HostCopies, Saved, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -55,16 +57,25 @@ class RunSaver:
         self._data_identity = dict(data_identity)
         self._observer = RunObserver()
         self._progress = Progress()
+        self._run_log: RunLog | NoLog = NoLog()
+        self._copies = HostCopies()
         self._writer = CheckpointWriter(
             Path(config.run.dir),
             keep_last=config.train.keep_last,
             in_background=config.train.save_in_background,
             told=self._told,
+            first=self._sync_log,
         )
+        self.unwritten: dict[str, list[str]] = {}
+        """Rows of the run's log that were not in its files when the checkpoint was made that is gone on from."""
 
-    def watch(self, observer: RunObserver, progress: Progress) -> None:
-        """Tell `observer` of every save from here on."""
-        self._observer, self._progress = observer, progress
+    def watch(self, observer: RunObserver, progress: Progress, run_log: RunLog | NoLog) -> None:
+        """Tell `observer` of every save from here on; each holds the rows of `run_log` that wait for the disk."""
+        self._observer, self._progress, self._run_log = observer, progress, run_log
+
+    def _sync_log(self) -> None:
+        # No checkpoint may outlive the rows of its steps.
+        self._run_log.sync()
 
     def _told(self, saved: Saved) -> None:
         self._observer.saved(self._progress, saved)
@@ -91,13 +102,15 @@ class RunSaver:
                 "backend": self._backend.state_dict(),
                 "data": self._data_identity,
                 "ranks": self._ranks.size,
+                "unwritten": self._run_log.unwritten(),
             }
+            modules, optimizers, state = self._copies.of([modules, optimizers, state])
             snapshot = Snapshot(
                 progress.step,
-                copied(modules),
-                copied(optimizers),
+                modules,
+                optimizers,
                 {f"{rank}/{name}": tensor for rank, found in enumerate(by_rank) for name, tensor in found.items()},
-                copied(state),
+                state,
                 resolved_yaml(self.config),
                 best,
                 keep_all,
@@ -129,8 +142,11 @@ class RunSaver:
         load_schedules(state["schedules"], self._parts)
         averages.load_state_dict(state["averages"])
         self._backend.load_state_dict(state["backend"])
+        self.unwritten = state.get("unwritten", {})
         if state.get("ranks") == self._ranks.size:
-            self._go_on_as_rank(checkpoint.read_tensors(folder, checkpoint.RANKS))
+            # No rank may put the folder in order while another one reads it.
+            own = agreed(self._ranks, partial(checkpoint.read_tensors, folder, checkpoint.RANKS))
+            self._go_on_as_rank(own)
         progress = Progress(**state["progress"])
         within = f" and {progress.batch} batches" if progress.batch else ""
         log.info("Resumed from %s: %d epochs%s, step %d.", folder, progress.epoch, within, progress.step)
@@ -141,7 +157,7 @@ class RunSaver:
         own = {f"{_RANDOM}/{name}": state for name, state in random_states(self._device).items()}
         if self._ranks.size > 1 and self.config.local_statistics:
             buffers = self._parts.metric_model.named_buffers()
-            own |= {f"{_BUFFERS}/{name}": copied(buffer) for name, buffer in buffers}
+            own |= {f"{_BUFFERS}/{name}": buffer.detach().to("cpu", copy=True) for name, buffer in buffers}
         return own
 
     def _go_on_as_rank(self, tensors: Mapping[str, Tensor]) -> None:

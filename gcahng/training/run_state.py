@@ -89,6 +89,9 @@ def schedule_states(parts: RunParts) -> dict[str, Any]:
 
 
 def load_schedules(states: Mapping[str, Any], parts: RunParts) -> None:
-    """Give the schedules what `schedule_states` gave."""
+    """Give the schedules what `schedule_states` gave, as JSON brings it back."""
     for name, schedule in parts.schedules.items():
-        schedule.load_state_dict(schedule_of_saved(name, states))
+        state = dict(schedule_of_saved(name, states))
+        # A setting, counted by numbers: in JSON their keys have become text, and no epoch would be one of them.
+        state.pop("milestones", None)
+        schedule.load_state_dict(state)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gcahng.errors import TrainingError
@@ -67,18 +68,28 @@ class Saved:
 class CheckpointWriter:
     """Writes a run's checkpoints one after the other; rank 0 has one."""
 
-    def __init__(self, run_dir: Path, *, keep_last: int, in_background: bool, told: Callable[[Saved], None]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        keep_last: int,
+        in_background: bool,
+        told: Callable[[Saved], None],
+        first: Callable[[], None] = lambda: None,
+    ) -> None:
         """
         Args:
             run_dir: Run folder.
             keep_last: Newest checkpoints kept, besides those that a link names.
             in_background: Write in a thread; False: `save` returns when the checkpoint is written.
             told: Hears of each save that has ended, in the thread that calls `save` or `finish`.
+            first: Done before each checkpoint is written, in the thread that writes it.
         """
         self.run_dir = run_dir
         self._keep_last = keep_last
         self._in_background = in_background
         self._told = told
+        self._first = first
         self._thread: threading.Thread | None = None
         self._done: list[Saved | BaseException] = []
         self.last: Saved | None = None
@@ -142,6 +153,7 @@ class CheckpointWriter:
         return Saved(snapshot.step, time.monotonic() - started, error)
 
     def _save(self, snapshot: Snapshot) -> None:
+        self._first()
         folder = checkpoint.save_checkpoint(
             self.run_dir,
             snapshot.step,
@@ -161,12 +173,30 @@ class CheckpointWriter:
             checkpoint.prune(self.run_dir, self._keep_last)
 
 
-def copied(state: Any) -> Any:
-    """A state of tensors, dictionaries, lists and plain values with tensors of its own, in the host's memory."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, Mapping):
-        return {key: copied(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(copied(value) for value in state)
-    return copy.deepcopy(state)
+class HostCopies:
+    """Copies of a state in the host's memory, which the next copy uses again.
+
+    Fresh memory costs several times what the copy itself does: the system clears each page when it is first written
+    to. So a state's memory is held as long as the run lasts.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[Any, ...], Tensor] = {}
+
+    def of(self, state: Any) -> Any:
+        """A copy of tensors, dictionaries, lists and plain values; it holds until the next call."""
+        before, self._memory = self._memory, {}
+        return self._copied(state, (), before)
+
+    def _copied(self, state: Any, place: tuple[Any, ...], before: Mapping[tuple[Any, ...], Tensor]) -> Any:
+        if isinstance(state, Tensor):
+            known = before.get(place)
+            if known is None or known.shape != state.shape or known.dtype != state.dtype:
+                known = torch.empty(state.shape, dtype=state.dtype)
+            self._memory[place] = known.copy_(state.detach())
+            return known
+        if isinstance(state, Mapping):
+            return {key: self._copied(value, (*place, key), before) for key, value in state.items()}
+        if isinstance(state, list | tuple):
+            return type(state)(self._copied(value, (*place, n), before) for n, value in enumerate(state))
+        return copy.deepcopy(state)

@@ -21,7 +21,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -33,8 +33,7 @@ from gcahng.distributed.batch_exchange import BatchExchange
 from gcahng.errors import InputError
 from gcahng.generation import LossFactors, Synthesis, synthetic_loss
 from gcahng.generation.interpolation import SMALLEST_MEAN_LOSS, Interpolation
-from gcahng.graph import PairPlan, UnitCoefficients
-from gcahng.graph.edge_layout import edge_layout
+from gcahng.graph import PairPlan
 from gcahng.graph.neighbours import neighbour_plan
 from gcahng.graph.pairs import class_major_plan
 from gcahng.layout import BatchLayout
@@ -42,11 +41,11 @@ from gcahng.random import mixing_weights, picking_weights, stream_key
 from gcahng.training.accumulation import cached_embeddings, check_accumulation
 from gcahng.training.averages import EpochAverages
 from gcahng.training.backend import Backend
-from gcahng.training.finite_checks import finite_rows
 from gcahng.training.generator_passes import GeneratorBatch, GeneratorPasses, GeneratorSettings
 from gcahng.training.graph_passes import Judge, generation, node_and_synthetic
 from gcahng.training.hardness import HardnessRecord
 from gcahng.training.sharded_parts import class_loss, constant_classifier
+from gcahng.training.step_batch import StepBatch, loss_dtype, unit_coefficients, whole_rows
 
 METRIC, CLASSIFIER, GENERATION = "metric", "classifier", "generation"
 
@@ -142,6 +141,7 @@ class TrainingStep:
         step: int,
         mixing: Mapping[str, Tensor] | None = None,
         record: HardnessRecord | None = None,
+        trace: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Run one iteration.
 
@@ -153,43 +153,76 @@ class TrainingStep:
             step: Global step, a coordinate of every random draw.
             mixing: (K, K-1) mixing weights for "metric" and "generation", in place of drawn ones.
             record: Takes the hardness of the batch, on all ranks or on none; nothing of the training depends on it.
+            trace: Takes what the later passes begin with: "embeddings" (B, D) and, with a generator, "features" (B, C).
         Returns:
             Detached losses and weights by name: all of the global batch, the same on every rank; what the metric loss
-            measures of it; with `record` also "hard_negative_ratio", unless the loss has measured that.
+            measures of it; with `record` also "hard_negative_ratio", unless the loss has measured that, and signals of
+            a collapse.
         Raises:
             InputError: The labels are not group-major, or a rank's part of the batch is not as planned.
             NotFinite: An embedding, a loss or a gradient is not finite, here or, where the backend's checks are
                 deferred, in an earlier step; no parameter has moved in that phase or since.
         """
-        checks = self.backend.checks
-        checks.begin(step)
-        exchange = BatchExchange(self.ranks, labels, images.shape, self.class_counts, self.settings.num_samples, step)
-        rule = Interpolation(self.settings.alpha, averages.metric_loss, self.settings.normalised_distance)
+        self.backend.checks.begin(step)
+        batch, report = self.metric_pass(images, labels, averages, step=step, mixing=mixing, record=record, trace=trace)
+        if self.settings.generate:
+            report |= self.classifier_pass(batch)
+            report |= self.generation_pass(batch)
+        averages.add(report["metric_loss"], report.get("generation_loss"))
+        self.backend.checks.end()
+        return report
 
-        # Phase 1
-        generated = None if self.generator is None else self.generator.embed(images, _loss_dtype(images))
-        own = self._embed(images).to(_loss_dtype(images)) if generated is None else generated.own
+    def metric_pass(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        averages: EpochAverages,
+        *,
+        step: int,
+        mixing: Mapping[str, Tensor] | None = None,
+        record: HardnessRecord | None = None,
+        trace: dict[str, Tensor] | None = None,
+    ) -> tuple[StepBatch, dict[str, Tensor]]:
+        """Phase 1, arguments as for the step: the batch as the later passes take it, and what the pass found."""
+        exchange = BatchExchange(self.ranks, labels, images.shape, self.class_counts, self.settings.num_samples, step)
+        generated = None if self.generator is None else self.generator.embed(images, loss_dtype(images))
+        own = self._embed(images).to(loss_dtype(images)) if generated is None else generated.own
         labels = exchange.labels()
         require_group_major(labels, self.settings.num_samples)
         labels = labels.to(images.device, non_blocking=True)
         z = self.ranks.gather(own, self.class_counts)
-        checks.embeddings(z, self.ranks.gather(_whole_rows(images, own), self.class_counts))
-        plan = self._plan(z)
-        report = self._metric_pass(z, generated, labels, plan, rule, averages, step, mixing)
-        z = z.detach()
-        if record is not None:
-            ratio = record.take_batch(z, labels, rule, self.settings.num_samples)
-            report.setdefault("hard_negative_ratio", ratio)  # a loss that measures it means its own triplets
-            if generated is not None or not self.settings.generate:
-                record.take_negatives(z, plan, rule, self.settings.num_samples)
-        if self.settings.generate:
-            # Phase 2
-            report |= self._classifier_pass(z if generated is None else generated.classified(z), labels)
-            # Phase 3
-            report |= self._generation_pass(z, generated, labels, plan, rule, step, mixing, record)
-        averages.add(report["metric_loss"], report.get("generation_loss"))
-        checks.end()
-        return report
+        self.backend.checks.embeddings(z, self.ranks.gather(whole_rows(images, own), self.class_counts))
+        if trace is not None:
+            trace["embeddings"] = z.detach()
+            if generated is not None:
+                trace["features"] = generated.features.detach()
+        batch = StepBatch(z, generated, labels, self._plan(z), self._rule(averages), step, mixing, record)
+        report = self._metric_losses(batch, averages)
+        batch = replace(batch, z=z.detach())
+        return batch, report | self._hardness(batch, report)
+
+    def batch_of(
+        self, z: Tensor, features: Tensor | None, labels: Tensor, averages: EpochAverages, step: int
+    ) -> StepBatch:
+        """What `metric_pass` gives, of embeddings (and a generator's features) of before, on one rank."""
+        z, generated = z.detach(), None
+        if self.generator is not None:
+            assert features is not None
+            generated = GeneratorBatch(self.generator, z, features, {})
+        return StepBatch(z, generated, labels, self._plan(z), self._rule(averages), step)
+
+    def _rule(self, averages: EpochAverages) -> Interpolation:
+        return Interpolation(self.settings.alpha, averages.metric_loss, self.settings.normalised_distance)
+
+    def _hardness(self, batch: StepBatch, report: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the record says of the embeddings, as far as the metric loss has not said it of its own triplets."""
+        z, plan, rule, num_samples = batch.z, batch.plan, batch.rule, self.settings.num_samples
+        if batch.record is None:
+            return {}
+        found = batch.record.take_batch(z, batch.labels, plan, rule, num_samples)
+        if batch.generated is not None or not self.settings.generate:
+            batch.record.take_negatives(z, plan, rule, num_samples)
+        return {name: value for name, value in found.items() if name not in report}
 
     def _embed(self, images: Tensor) -> Tensor:
         """(K * P_r, D) embeddings of this rank's images."""
@@ -198,38 +231,31 @@ class TrainingStep:
             return cast(Tensor, self.backend.forward("metric_model", images))
         return cast(Tensor, self.backend.run("metric_model", cached_embeddings, images, micro_batch, own_statistics))
 
-    def _metric_pass(
-        self,
-        z: Tensor,
-        generated: GeneratorBatch | None,
-        labels: Tensor,
-        plan: PairPlan,
-        rule: Interpolation,
-        averages: EpochAverages,
-        step: int,
-        mixing: Mapping[str, Tensor] | None,
-    ) -> dict[str, Tensor]:
-        with self._drawing_alike(z.device, step):
-            metric_loss, measured = self._metric_loss(z, labels)
+    def _metric_losses(self, batch: StepBatch, averages: EpochAverages) -> dict[str, Tensor]:
+        z, generated, plan, record = batch.z, batch.generated, batch.plan, batch.record
+        with self._drawing_alike(z.device, batch.step):
+            metric_loss, measured = self._metric_loss(z, batch.labels)
         report = {"metric_loss": metric_loss} | measured
-        synthesis = self._synthesis(z, rule, step, METRIC, mixing) if self.settings.generate else None
+        synthesis = self._synthesis(batch, METRIC) if self.settings.generate else None
         if self.has_graph:
             report |= self.backend.run(
                 "graph",
                 node_and_synthetic,
                 z,
-                labels,
+                batch.labels,
                 synthesis,
                 self.graph_generates,
-                self._graph_call(plan, step, METRIC),
+                self._graph_call(plan, batch.step, METRIC),
+                record,
             )
         if "node_features" in report:  # the node classifier is a part of its own
             features = report.pop("node_features")
-            report["node_loss"] = self.backend.run("node_classifier", class_loss, features, labels)
+            report["node_loss"] = self.backend.run("node_classifier", class_loss, features, batch.labels)
         if synthesis is not None and generated is not None:
             report["synthetic_loss"] = generated.synthetic_loss(z, synthesis)
         elif synthesis is not None and not self.graph_generates:
-            report["synthetic_loss"] = synthetic_loss(z, _unit_coefficients(plan), synthesis, reduce=self.ranks.sum)
+            report["synthetic_loss"] = synthetic_loss(z, unit_coefficients(plan), synthesis, reduce=self.ranks.sum)
+            report |= {} if record is None else record.take_candidates(z, unit_coefficients(plan), synthesis)
         total = metric_loss
         if "node_loss" in report:
             total = total + report["node_loss"]
@@ -238,32 +264,26 @@ class TrainingStep:
             total = total + trust * report["synthetic_loss"]
             report |= {
                 "synthetic_weight": z.new_full((), trust),
-                "pull_factor": z.new_full((), rule.factor),
+                "pull_factor": z.new_full((), batch.rule.factor),
             }
         report["total_loss"] = total
         names = ("metric_model", "metric_loss", "graph", "node_classifier")
         self._move(total, tuple(name for name in names if self.backend.has(name)), METRIC)
         return {name: value.detach() for name, value in report.items()}
 
-    def _classifier_pass(self, z: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        loss = self.settings.classifier_weight * self.backend.run("classifier", class_loss, z, labels)
+    def classifier_pass(self, batch: StepBatch) -> dict[str, Tensor]:
+        """Phase 2."""
+        known = batch.z if batch.generated is None else batch.generated.classified(batch.z)
+        loss = self.settings.classifier_weight * self.backend.run("classifier", class_loss, known, batch.labels)
         self._move(loss, ("classifier",), CLASSIFIER)
         return {"classifier_loss": loss.detach()}
 
-    def _generation_pass(
-        self,
-        z: Tensor,
-        generated: GeneratorBatch | None,
-        labels: Tensor,
-        plan: PairPlan,
-        rule: Interpolation,
-        step: int,
-        mixing: Mapping[str, Tensor] | None,
-        record: HardnessRecord | None,
-    ) -> dict[str, Tensor]:
-        synthesis = self._synthesis(z, rule, step, GENERATION, mixing)
-        if generated is not None:
-            found = generated.generation(z, labels, synthesis)
+    def generation_pass(self, batch: StepBatch) -> dict[str, Tensor]:
+        """Phase 3."""
+        z, labels = batch.z, batch.labels
+        synthesis = self._synthesis(batch, GENERATION)
+        if batch.generated is not None:
+            found = batch.generated.generation(z, labels, synthesis)
             self._move(found["generation_loss"], ("generator",), GENERATION)
             return {name: value.detach() for name, value in found.items()}
         judge = Judge(
@@ -274,18 +294,19 @@ class TrainingStep:
                 self.settings.classification_weight, self.settings.similarity_weight, self.settings.diversity_weight
             ),
             self.ranks.sum,
-            record,
+            batch.record,
         )
         if self.graph_generates:
-            found = self.backend.run("graph", generation, z, labels, judge, self._graph_call(plan, step, GENERATION))
+            call = self._graph_call(batch.plan, batch.step, GENERATION)
+            found = self.backend.run("graph", generation, z, labels, judge, call)
             self._move(found["generation_loss"], ("graph",), GENERATION)
         else:
             # Without coefficients to learn the loss is still measured: its epoch mean weighs J_syn.
-            found = judge(z, _unit_coefficients(plan))
+            found = judge(z, unit_coefficients(batch.plan))
         return {name: value.detach() for name, value in found.items()}
 
     def _plan(self, z: Tensor) -> PairPlan:
-        """The edges of this step: both passes take the same, even though the graph network moves between them."""
+        """The edges of a step."""
         num_samples, neighbours = self.settings.num_samples, self.settings.neighbours
         num_classes = z.shape[0] // num_samples
         if neighbours is None or neighbours >= num_classes - 1:
@@ -330,28 +351,15 @@ class TrainingStep:
             "check_values": self.backend.checks.gate is None,
         }
 
-    def _synthesis(
-        self,
-        z: Tensor,
-        rule: Interpolation,
-        step: int,
-        phase: str,
-        mixing: Mapping[str, Tensor] | None,
-    ) -> Synthesis:
-        num_samples = self.settings.num_samples
-        if mixing is None:
-            draw = picking_weights if self.settings.fusion == "pick" else mixing_weights
-            weights = draw(
-                num_samples,
-                seed=self.settings.seed,
-                step=step,
-                phase=phase,
-                dtype=z.dtype,
-                device=z.device,
-            )
-        else:
-            weights = mixing[phase]
-        return Synthesis(num_samples, rule, weights)
+    def _synthesis(self, batch: StepBatch, phase: str) -> Synthesis:
+        z, num_samples = batch.z, self.settings.num_samples
+        if batch.mixing is not None:
+            return Synthesis(num_samples, batch.rule, batch.mixing[phase])
+        draw = picking_weights if self.settings.fusion == "pick" else mixing_weights
+        weights = draw(
+            num_samples, seed=self.settings.seed, step=batch.step, phase=phase, dtype=z.dtype, device=z.device
+        )
+        return Synthesis(num_samples, batch.rule, weights)
 
     def _move(self, loss: Tensor, names: tuple[str, ...], reach: str) -> None:
         self.backend.checks.loss(loss, reach)
@@ -372,17 +380,3 @@ def require_group_major(labels: Tensor, num_samples: int) -> None:
             f"same order, got {values[:12].tolist()}... Reorder the batch with "
             "`gcahng.layout.group_major(labels).order`."
         )
-
-
-def _whole_rows(images: Tensor, z: Tensor) -> Tensor:
-    """(rows,) float32: 1 where an image is finite; all, where images are not one to an embedding."""
-    return finite_rows(images).float() if images.shape[0] == z.shape[0] else torch.ones_like(z[:, 0]).float()
-
-
-def _loss_dtype(images: Tensor) -> torch.dtype:
-    """Losses are computed in float32, in float64 for float64 input."""
-    return torch.float64 if images.dtype == torch.float64 else torch.float32
-
-
-def _unit_coefficients(plan: PairPlan) -> UnitCoefficients:
-    return UnitCoefficients(edge_layout(plan, None, 0))

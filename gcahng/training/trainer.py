@@ -38,10 +38,13 @@ from gcahng.training.observers import RunFacts, make_observers
 from gcahng.training.parts import build_parts, build_step
 from gcahng.training.progress import Progress
 from gcahng.training.pull_hint import PullHint
+from gcahng.training.random_states import seed_generators
 from gcahng.training.run_log import NoLog, RunLog, beside_the_bar
 from gcahng.training.run_saver import RunSaver
 from gcahng.training.run_start import alone, start_run
 from gcahng.training.sharded_parts import saved_with
+from gcahng.training.signals import Signals
+from gcahng.training.step import TrainingStep
 from gcahng.training.step_clock import StepClock
 from gcahng.training.step_runner import StepRunner
 
@@ -62,6 +65,7 @@ class Trainer:
         launched: Launched | None = None,
         progress_bars: bool = True,
         overwrite: bool = False,
+        signals: Signals | None = None,
     ) -> None:
         """
         Args:
@@ -69,6 +73,7 @@ class Trainer:
             launched: How this process was started; by default it is alone. All ranks make a Trainer.
             progress_bars: Show bars on stderr, on rank 0.
             overwrite: Replace a run that `run.dir` holds, when training starts.
+            signals: Of a process that notes them from its start; by default `run` does.
         Raises:
             InputError: Data, weights or settings cannot be used, or differ between ranks; nothing has been written.
         """
@@ -79,14 +84,15 @@ class Trainer:
         self.overwrite = overwrite
         self.run_dir = Path(config.run.dir)
         self.device = launched.device
+        seed_generators(config.seed, self.ranks.rank)
         start = start_run(config, launched, overwrite=overwrite)
         self.data, self.loader, self._resume_from = start.data, start.loader, start.resume_from
         self.parts = build_parts(config, start.modules, self.device)
-        self.step, self.backend = build_step(config, self.parts, launched)
+        step, self.backend = build_step(config, self.parts, launched)
         self.averages = EpochAverages()
         self.progress = Progress()
-        self.steps = StepRunner(config, self.step, self.backend, self.data, self.ranks, self.averages)
-        self.interruption = Interruption(self.ranks)
+        self.steps = StepRunner(config, step, self.backend, self.data, self.ranks, self.averages)
+        self.interruption = Interruption(self.ranks, signals)
         self.observers = make_observers(config, self.ranks)
         self._saver = RunSaver(config, self.parts, self.backend, self.ranks, self.device, start.data_identity)
         self._uncounted = [0, 0]  # skipped and repaired on this rank since the ranks' numbers were added up
@@ -98,18 +104,20 @@ class Trainer:
         """Train to the last epoch and return what `results.json` holds.
 
         Raises:
-            Interrupted: A signal asked the run to end (only where this is the main thread); it is saved, and the run
-                folder has the marker `PREEMPTED`.
+            Interrupted: A signal asked the run to end (only where this is the main thread); it is saved or has not
+                begun, and the run folder has the marker `PREEMPTED`.
             TrainingError: The run cannot go on, or its last checkpoint could not be written.
         """
         status = "failed"
         # Ready for signals before the folder is touched.
-        with self.interruption.watched():
+        with self.interruption.signals.noted():
             try:
+                self.interruption.check()
                 with agreed(self.ranks, self._open_folder) as run_log:
-                    self._begin()
+                    self._begin(run_log)
                     self._train(run_log)
                     self._saver.finish()
+                    agreed(self.ranks, run_log.finish)
                 results = self._finish()
                 status = "finished"
             except Interrupted as error:
@@ -121,6 +129,11 @@ class Trainer:
                 self._saver.settle()
                 self.observers.end(self.progress, status)
         return results
+
+    @property
+    def step(self) -> TrainingStep:
+        """The iteration; `steps` runs it."""
+        return self.steps.step
 
     def close(self) -> None:
         """Training has ended on every rank: let go of loaders and engines."""
@@ -135,20 +148,21 @@ class Trainer:
         if self.overwrite:
             checkpoint.clear_run(self.run_dir)
         elif self._resume_from is not None:
-            checkpoint.set_aside_later(self.run_dir, self._resume_from)
+            checkpoint.put_in_order(self.run_dir, self._resume_from)
         remove_marker(self.run_dir)
         (self.run_dir / checkpoint.CONFIG).write_text(resolved_yaml(self.config), encoding="utf-8")
         resumed = None if self._resume_from is None else self.progress.step
-        return RunLog(self.run_dir, from_step=resumed, evaluated=self.progress.evaluated())
+        missed = self._saver.unwritten
+        return RunLog(self.run_dir, from_step=resumed, evaluated=self.progress.evaluated(), unwritten=missed)
 
     def _leave_marker(self, error: Interrupted) -> None:
         if self.ranks.first:
-            leave_marker(self.run_dir, error, self.progress, f"step-{self.progress.step}")
+            leave_marker(self.run_dir, error, self.progress)
 
-    def _begin(self) -> None:
+    def _begin(self, run_log: RunLog | NoLog) -> None:
         steps = self._steps_of_epoch(len(self.loader.epoch_iterator(self.progress.epoch)))
         facts = RunFacts(self.config, self.run_dir, self.ranks, self.device, local_rank(), steps)
-        self._saver.watch(self.observers, self.progress)
+        self._saver.watch(self.observers, self.progress, run_log)
         self.observers.begin(facts, self.progress)
 
     def _steps_of_epoch(self, batches: int) -> int:
@@ -214,10 +228,16 @@ class Trainer:
         # Labels and rows are looked at on the CPU; the step sends the labels on.
         images = batch.images.to(self.device, non_blocking=True)
         record = self._hardness_record(number)
-        report = self.steps.run(images, batch.labels, batch.rows, self.progress.step, record)
+        dropped = self.progress.dropped
+        report = self.steps.run(images, batch.labels, batch.rows, self.progress.step, record, dropped)
         self.progress.step += 1
         self.progress.batch = number
-        values = self.steps.read(report) if self._is_logged(self.progress.step) else None
+        if report is None:
+            self.progress.dropped += 1
+            run_log.write("dropped", self.progress.step, {"epoch": epoch, "reason": self.steps.left_out})
+            self.observers.dropped(self.progress, self.steps.left_out)
+            return None
+        values = self.steps.read(report, record) if self._is_logged(self.progress.step) else None
         if record is not None and record.edges:
             self.steps.finish_checks()
             run_log.write_hardness(self.progress.step, {"epoch": epoch} | record.row())
@@ -248,8 +268,8 @@ class Trainer:
     def run_step(
         self, images: Tensor, labels: Tensor, rows: Tensor, record: HardnessRecord | None = None
     ) -> dict[str, Tensor]:
-        """One step on a batch, as `StepRunner.run` has it, at the run's present step."""
-        return self.steps.run(images, labels, rows, self.progress.step, record)
+        """One step on a batch, as `StepRunner.run_alone` has it, at the run's present step."""
+        return self.steps.run_alone(images, labels, rows, self.progress.step, record)
 
     def _count(self) -> None:
         """Add up what the ranks counted since the last time."""
@@ -324,7 +344,8 @@ class Trainer:
         path = self.run_dir / RESULTS_FILE
         seconds = self.ranks.host_max([self._clock.steady() or 0.0])[0] if self._clock else None
         peak_memory = int(self.ranks.host_max([peak_memory_bytes(self.device)])[0])
-        if not self._clock and path.is_file():  # resumed after its end: keep what was measured then
+        # Resumed after its end: keep what was measured then. Asked of rank 0, before it may write the file.
+        if not self._clock and self.ranks.all_of(path.is_file())[0]:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if found["steps"] == self.progress.step:
                 return found

@@ -3,8 +3,10 @@
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +16,24 @@ import yaml
 ROOT = Path(__file__).parents[2]
 # Leaves srun's own options out and runs the task of the second node.
 SRUN = '#!/usr/bin/env bash\nwhile [[ "$1" == --* ]]; do shift; done\nSLURM_NODEID=1 exec "$@"\n'
-# Configurations are really read; what would be launched is listed.
-PYTHON = '#!/usr/bin/env bash\n[[ "$1" == -c ]] && exec {python} "$@"\nprintf "%s\\n" "$@" "threads $OMP_NUM_THREADS"\n'
-HOSTS = '#!/usr/bin/env bash\n[[ "$*" == "show hostnames n[7-8]" ]] && printf "n7\\nn8\\n"\n'
+# Configurations are really read; what would be launched is listed. It leaves what LEAVES says as its marker, and ends
+# as ENDS says, if there is WAITS not before that file is there.
+PYTHON = """#!/usr/bin/env bash
+[[ "$1" == -c ]] && exec {python} "$@"
+printf "%s\\n" "$@" "threads $OMP_NUM_THREADS"
+[[ -n "${{LEAVES:-}}" ]] && echo "$LEAVES" >"${{RUN:-{run}}}/PREEMPTED"
+while [[ -n "${{WAITS:-}}" && ! -e "$WAITS" ]]; do sleep 0.05; done
+exit "${{ENDS:-0}}"
+"""
+# A job is requeued where the file `refused` is not there.
+SCONTROL = """#!/usr/bin/env bash
+[[ "$*" == "show hostnames n[7-8]" ]] && printf "n7\\nn8\\n" && exit
+echo "$*" >>{folder}/asked
+[[ ! -e {folder}/refused ]]
+"""
+SCANCEL = '#!/usr/bin/env bash\necho "scancel $*" >>{folder}/asked\n'
 JOB = {"SLURM_JOB_ID": "40003", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_CPUS_ON_NODE": "6"}
-CLEARED = ("SLURM_", "SRUN_", "GCAHNG_", "MASTER_", "OMP_", "ACCELERATE_")
+CLEARED = ("SLURM_", "SRUN_", "GCAHNG_", "MASTER_", "OMP_", "ACCELERATE_", "PET_")
 
 
 @dataclass(frozen=True)
@@ -36,20 +51,32 @@ class Job:
         return self.folder / "run"
 
     def submit(self, script: str, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+        process = self.start(script, *arguments, **variables)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def start(self, script: str, *arguments: str, **variables: str) -> "subprocess.Popen[str]":
         mine = {key: value for key, value in os.environ.items() if not key.startswith(CLEARED)}
         environment = {
             "PATH": f"{self.folder}:{os.environ['PATH']}",
             "GCAHNG_PYTHON": str(self.folder / "python"),
             "GCAHNG_HOME": str(ROOT),
         }
-        return subprocess.run(
+        return subprocess.Popen(
             ["bash", str(ROOT / "slurm" / script), *arguments],
             cwd=self.folder,
             env=mine | environment | JOB | variables,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=60,
         )
+
+    def asked(self) -> list[str]:
+        """What SLURM was asked for since the last time."""
+        file = self.folder / "asked"
+        lines = file.read_text().splitlines() if file.exists() else []
+        file.unlink(missing_ok=True)
+        return lines
 
     def launched(self, *arguments: str, **variables: str) -> list[str]:
         """The words of the launcher's command on the second node."""
@@ -62,8 +89,10 @@ class Job:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    for name, text in (("srun", SRUN), ("python", PYTHON.format(python=sys.executable)), ("scontrol", HOSTS)):
-        (tmp_path / name).write_text(text)
+    texts = {"srun": SRUN, "python": PYTHON, "scontrol": SCONTROL, "scancel": SCANCEL}
+    for name, text in texts.items():
+        filled = text if name == "srun" else text.format(python=sys.executable, run=tmp_path / "run", folder=tmp_path)
+        (tmp_path / name).write_text(filled)
         (tmp_path / name).chmod(0o755)
     found = Job(tmp_path)
     settings = {"data": {"dir": "data"}, "run": {"dir": str(found.run_dir)}}
@@ -154,3 +183,96 @@ def test_a_wrong_setting_ends_the_job_before_anything_is_started(job: Job) -> No
     done = job.submit("train.sh", job.config, "sede=1")
     assert done.returncode == 2 and done.stdout == "" and "did you mean `seed`?" in done.stderr
     assert not job.run_dir.exists()
+
+
+def left(step: int, job: str = JOB["SLURM_JOB_ID"], restarts: int = 0) -> str:
+    """A marker, as `gcahng.training.interruption` leaves it."""
+    return json.dumps({"step": step, "slurm_job": job, "slurm_restarts": restarts})
+
+
+def test_an_interrupted_job_is_requeued_as_long_as_it_gets_on(job: Job) -> None:
+    """Whatever srun's status; the steps of its interruptions are kept, of this job alone."""
+    said, steps = [], (0, 7, 0, 7, 0, 9, 9, 9)
+    for restarts, step in enumerate(steps):
+        more = {"SLURM_RESTART_COUNT": str(restarts), "LEAVES": left(step, restarts=restarts), "ENDS": "1"}
+        done = job.submit("train.sh", job.config, **more)
+        said.append((done.returncode, done.stdout.splitlines()[-1], done.stderr, job.asked()))
+    for step, (status, last, err, asked) in list(zip(steps, said, strict=True))[:-1]:
+        assert (status, last, err) == (0, f"job 40003: interrupted at step {step}, requeued", "")
+        assert asked == ["requeue 40003"]
+    status, _, err, asked = said[-1]
+    assert (status, asked) == (1, []) and "interrupted at step 9 for the third time in a row and is not requeued" in err
+    assert (job.run_dir / "slurm" / "40003.requeued").read_text().split() == [*"0707099"]
+
+
+@pytest.mark.parametrize("leaves", [None, left(5, job="40002"), left(5, restarts=1), "{not JSON", '{"step": 5}'])
+def test_otherwise_a_job_ends_as_srun_did(job: Job, leaves: str | None) -> None:
+    """Without a marker, or with one that another job or an earlier start has left, or that is no marker."""
+    job.run_dir.mkdir()
+    if leaves is not None:
+        (job.run_dir / "PREEMPTED").write_text(leaves)
+    for ends in ("0", "3"):
+        done = job.submit("train.sh", job.config, ENDS=ends)
+        assert (done.returncode, job.asked()) == (int(ends), []), done.stderr
+        assert "requeued" not in done.stdout
+
+
+def test_a_task_of_an_array_is_requeued_by_its_own_name(job: Job) -> None:
+    """The number of an array's last task is that of the array."""
+    task = {"SLURM_ARRAY_JOB_ID": "40003", "SLURM_ARRAY_TASK_ID": "4", "RUN": f"{job.run_dir}/seed-4"}
+    done = job.submit("train.sh", job.config, LEAVES=left(2), ENDS="75", **task)
+    assert done.returncode == 0 and job.asked() == ["requeue 40003_4"], done.stderr
+
+
+def test_a_launcher_that_was_ended_at_once_is_started_anew(job: Job) -> None:
+    for status in ("138", "143"):
+        done = job.submit("train.sh", job.config, ENDS=status)
+        assert done.returncode == 0 and job.asked() == ["requeue 40003"], done.stderr
+    done = job.submit("train.sh", job.config, ENDS="143")
+    assert done.returncode == 143 and job.asked() == []
+
+
+def test_a_requeue_that_is_refused_is_said(job: Job) -> None:
+    (job.folder / "refused").touch()
+    done = job.submit("train.sh", job.config, LEAVES=left(2))
+    assert done.returncode == 75 and "could not be requeued. It is saved: submit it again with" in done.stderr
+
+
+def test_a_run_of_a_table_is_requeued_too(job: Job) -> None:
+    runs = job.folder / "list.jsonl"
+    runs.write_text(json.dumps([str(job.run_dir), "--config", job.config]) + "\n")
+    task = {"SLURM_ARRAY_JOB_ID": "40001", "SLURM_ARRAY_TASK_ID": "0"}
+    done = job.submit("tables.sh", str(runs), LEAVES=left(2), ENDS="1", **task)
+    assert done.returncode == 0 and job.asked() == ["requeue 40001_0"], done.stderr
+    assert "job 40001_0: interrupted at step 2, requeued\n" in Path(f"{job.run_dir}.log").read_text()
+
+
+def test_a_signal_for_the_script_goes_on_to_the_processes_once(job: Job) -> None:
+    """And the script waits for them: their status is its own."""
+    waits = job.folder / "go"
+    process = job.start("train.sh", job.config, WAITS=str(waits), ENDS="3")
+    assert process.stdout is not None
+    seen = ""
+    while "threads 6" not in seen:  # the launched process has started
+        seen += process.stdout.readline()
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        process.send_signal(number)
+        deadline = time.monotonic() + 30
+        while not (job.folder / "asked").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert process.poll() is None
+    waits.touch()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 3, err
+    assert job.asked() == ["scancel --signal=USR1 40003"]
+    assert out.count("passed on to the processes") == 1
+
+
+def test_the_launcher_is_told_of_the_signals(job: Job) -> None:
+    """What the job scripts export, a shell may source; what it has set itself stays."""
+    listed = "source launch/signals.sh; echo $PET_SIGNALS_TO_HANDLE $PET_SHUTDOWN_TIMEOUT"
+    mine = {key: value for key, value in os.environ.items() if not key.startswith("PET_")}
+    for more, want in (({}, "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 240"), ({"PET_SHUTDOWN_TIMEOUT": "9"}, "SIGUSR1 9")):
+        done = subprocess.run(["bash", "-c", listed], cwd=ROOT, env=mine | more, capture_output=True, text=True)
+        assert done.stdout.strip().endswith(want)
+    assert "\nsource launch/signals.sh\n" in (ROOT / "slurm" / "common.sh").read_text()

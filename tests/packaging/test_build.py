@@ -17,6 +17,7 @@ SOURCES = (
     *PACKAGES,
     "configs",
     "docs",
+    "ops",
     "benchmarks",
     "tests",
     "tools",

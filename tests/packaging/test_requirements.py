@@ -1,4 +1,4 @@
-"""constraints.txt pins what setup.py asks for, within its ranges."""
+"""constraints.txt pins what setup.py asks for, within its ranges; constraints-min.txt the lower bounds themselves."""
 
 import importlib.metadata
 import re
@@ -9,6 +9,7 @@ import pytest
 import setuptools
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +27,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Requirement]]:
 
 @pytest.fixture
 def pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return read_pins("constraints.txt")
+
+
+@pytest.fixture
+def oldest() -> dict[str, str]:
+    return read_pins("constraints-min.txt")
+
+
+def read_pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     found = {}
     for line in lines:
         if line and not line.startswith("#"):
@@ -44,6 +54,22 @@ def test_what_make_installs_is_pinned_within_its_range(
             name = canonicalize_name(requirement.name)
             assert name in pins, f"{name} is not in constraints.txt"
             assert requirement.specifier.contains(pins[name]), f"{requirement} against {pins[name]}"
+
+
+def test_the_oldest_versions_are_the_lower_bounds(
+    asked: dict[str, list[Requirement]], oldest: dict[str, str]
+) -> None:
+    """Of everything that users install; tools of the tests alone may be newer."""
+    compared = 0
+    for group in asked.keys() - {"test", "scatter"}:
+        for requirement in asked[group]:
+            bound = next(s.version for s in requirement.specifier if s.operator == ">=")
+            pin = Version(oldest[canonicalize_name(requirement.name)])
+            assert requirement.specifier.contains(pin), f"{requirement} against {pin}"
+            # A bound "1.1" is met first by 1.1.0, unless that was never published.
+            assert pin.release[: len(Version(bound).release)] == Version(bound).release, f"{requirement}: oldest {pin}"
+            compared += 1
+    assert compared > 20
 
 
 def test_every_dependency_of_a_dependency_is_pinned(asked: dict[str, list[Requirement]], pins: dict[str, str]) -> None:

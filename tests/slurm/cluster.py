@@ -1,7 +1,7 @@
 """A real SLURM of two nodes on this machine, for tests: controller, two node daemons, munge, all in one folder.
 
 Needs Debian's `slurmctld slurmd slurm-client munge` and root; no systemd, no cgroups, no accounting. Both nodes are
-this host, so jobs reach rank 0 at 127.0.0.1.
+this host, so jobs reach rank 0 at 127.0.0.1. Credentials expire early, since a requeued job waits for that.
 """
 
 import os
@@ -26,7 +26,7 @@ SlurmdUser=root
 SlurmctldHost=localhost
 SlurmctldPort={controller_port}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=10
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -93,8 +93,15 @@ class Cluster:
 
     def state(self, job: int | str) -> str:
         """A job's state, COMPLETED say; of one task of an array, JOB_TASK."""
-        text = self._ask("scontrol", "show", "job", str(job))
+        text = self.ask("scontrol", "show", "job", str(job))
         return next(word.removeprefix("JobState=") for word in text.split() if word.startswith("JobState="))
+
+    def elapsed(self, job: int | str) -> int:
+        """Seconds that a job has been running."""
+        text = self.ask("scontrol", "show", "job", str(job))
+        clock = next(word.removeprefix("RunTime=") for word in text.split() if word.startswith("RunTime="))
+        hours, minutes, seconds = map(int, clock.split(":"))
+        return hours * 3600 + minutes * 60 + seconds
 
     def wait(self, job: int | str, limit: float) -> str:
         """The state in which a job ended.
@@ -103,7 +110,14 @@ class Cluster:
             ClusterError: It has not ended within `limit` seconds.
         """
         deadline = time.monotonic() + limit
-        while (state := self.state(job)) in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"):
+        while (state := self.state(job)) in (
+            "PENDING",
+            "CONFIGURING",
+            "RUNNING",
+            "COMPLETING",
+            "REQUEUED",
+            "SIGNALING",
+        ):
             if time.monotonic() > deadline:
                 raise ClusterError(f"job {job} is still {state} after {limit:.0f} s\n{self.logs()}")
             time.sleep(POLL_S)
@@ -114,7 +128,12 @@ class Cluster:
         files = sorted(self.folder.glob("*.log"))
         return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-2000:]}" for file in files)
 
-    def _ask(self, *command: str) -> str:
+    def ask(self, *command: str) -> str:
+        """What a command prints.
+
+        Raises:
+            ClusterError: It failed.
+        """
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=30)
         if done.returncode:
             raise ClusterError(f"{' '.join(command)}: {done.stderr}")
@@ -169,7 +188,7 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
 
 def _idle_nodes(cluster: Cluster) -> int:
     try:
-        return cluster._ask("sinfo", "--noheader", "--Node", "--format=%T").split().count("idle")
+        return cluster.ask("sinfo", "--noheader", "--Node", "--format=%T").split().count("idle")
     except (ClusterError, subprocess.TimeoutExpired):
         return 0  # the controller is not up yet
 

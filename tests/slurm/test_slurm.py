@@ -4,31 +4,11 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from cluster import CannotStart, Cluster, running_cluster, why_not
-
-ROOT = Path(__file__).parents[2]
-JOB_LIMIT_S = 150.0
-# Everything that a newcomer's command says, and as much less as makes it a test.
-SHORTER = ("train.epochs=2", "train.log_every=1", "train.max_steps_per_epoch=8", "data.num_workers=0")
-# AdamW's first moves are signs of gradients times the rate: where a gradient is nothing but rounding, two float32 runs
-# part at once by that much. At the demonstration's 3e-3 the fifth losses of one and two processes differ by 3e-2.
-SLOWER = tuple(f"optim.{part}.lr=3.0e-5" for part in ("metric_model", "graph", "classifier"))
-CLASSES = 140
-SITE_VARIABLES = {
-    "GCAHNG_PYTHON": sys.executable,
-    "GCAHNG_HOME": str(ROOT),
-    "MASTER_ADDR": "127.0.0.1",
-    "ACCELERATE_USE_CPU": "true",
-    "OMP_NUM_THREADS": "1",
-}
+from cluster import why_not
+from job_site import JOB_LIMIT_S, ROOT, SHORTER, SITE_VARIABLES, Site, rows_by_kind, settings_of_run
 
 pytestmark = [
     pytest.mark.slurm,
@@ -37,51 +17,19 @@ pytestmark = [
 ]
 
 
-@dataclass(frozen=True)
-class Site:
-    """A cluster, a folder for its jobs, and the shards that a job on it has made."""
-
-    cluster: Cluster
-    folder: Path
-
-    @property
-    def data(self) -> Path:
-        return self.folder / "data"
-
-    def run(self, *arguments: str, **variables: str) -> str:
-        """Submit a job, wait for its end, and return what it printed."""
-        out = self.folder / f"job-{len(list(self.folder.glob('job-*')))}.out"
-        job = self.cluster.submit([f"--output={out}", *arguments], SITE_VARIABLES | variables, cwd=ROOT)
-        state = self.cluster.wait(job, JOB_LIMIT_S)
-        logs = "".join(file.read_text() for file in sorted(self.folder.glob(f"*/slurm/{job}-*.log")))
-        assert state == "COMPLETED", f"job {job} {state}\n{out.read_text()}\n{logs}\n{self.cluster.logs()}"
-        return out.read_text()
-
-
-@pytest.fixture(scope="module")
-def site() -> Iterator[Site]:
-    # Not pytest's folder: sockets want short paths.
-    with tempfile.TemporaryDirectory(prefix="gs") as name:
-        folder = Path(name)
-        with ExitStack() as stack:
-            try:
-                cluster = stack.enter_context(running_cluster(folder / "c"))
-            except CannotStart as error:
-                pytest.skip(f"SLURM does not start here: {error}")
-            found = Site(cluster, folder)
-            found.run(
-                "slurm/convert.sh", "glyphs", "--out", str(found.data), "--classes", str(CLASSES), "--size", "32",
-                "--identical", "drop",
-            )  # fmt: skip
-            yield found
-
-
 @pytest.fixture(scope="module")
 def alone(site: Site) -> Path:
     """The run of one process, without launcher and cluster."""
     run_dir = site.folder / "alone"
     subprocess.run(
-        [sys.executable, "launch/train.py", "--config", "configs/demo.yaml", "--quiet", *_settings(site, run_dir)],
+        [
+            sys.executable,
+            "launch/train.py",
+            "--config",
+            "configs/demo.yaml",
+            "--quiet",
+            *settings_of_run(site, run_dir),
+        ],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         check=True,
@@ -95,11 +43,11 @@ def alone(site: Site) -> Path:
 def test_two_nodes_train_as_one_process(site: Site, alone: Path, deepspeed: str) -> None:
     run_dir = site.folder / ("zero1" if deepspeed else "ddp")
     variables = {"GCAHNG_DEEPSPEED": deepspeed} if deepspeed else {}
-    site.run("--nodes=2", "slurm/train.sh", "configs/demo.yaml", *_settings(site, run_dir), **variables)
+    site.run("--nodes=2", "slurm/train.sh", "configs/demo.yaml", *settings_of_run(site, run_dir), **variables)
 
     assert (run_dir / "last" / "manifest.json").is_file()
     assert len(list((run_dir / "slurm").glob("*.log"))) == 2
-    want, got = _rows(alone), _rows(run_dir)
+    want, got = rows_by_kind(alone), rows_by_kind(run_dir)
     assert [row["samples"] for row in got["step"]] == [row["samples"] for row in want["step"]]
     for ours, theirs in zip(got["step"][:5], want["step"][:5], strict=True):
         for name in ("metric_loss", "node_loss", "synthetic_loss", "classifier_loss", "generation_loss", "total_loss"):
@@ -110,7 +58,11 @@ def test_two_nodes_train_as_one_process(site: Site, alone: Path, deepspeed: str)
 def test_an_array_trains_one_run_per_seed_and_evaluates_it(site: Site) -> None:
     run_dir = site.folder / "seeds"
     site.run(
-        "--array=3", "slurm/train.sh", "configs/demo.yaml", *_settings(site, run_dir), "train.max_steps_per_epoch=1"
+        "--array=3",
+        "slurm/train.sh",
+        "configs/demo.yaml",
+        *settings_of_run(site, run_dir),
+        "train.max_steps_per_epoch=1",
     )
     assert "seed: 3\n" in (run_dir / "seed-3" / "config.yaml").read_text()
     printed = site.run("slurm/eval.sh", "--run", str(run_dir / "seed-3"))
@@ -159,17 +111,7 @@ def test_a_missing_configuration_is_one_error(site: Site) -> None:
     assert "absent.yaml" in str(failure.value)
 
 
-def _settings(site: Site, run_dir: Path) -> list[str]:
-    return [f"data.dir={site.data}", f"run.dir={run_dir}", *SHORTER, *SLOWER]
-
-
 def _means(printed: str) -> dict[str, float]:
     """Percentages by name from the line of an evaluation."""
     words = printed.splitlines()[-2].split()
     return dict(zip(words[::2], map(float, words[1::2]), strict=True))
-
-
-def _rows(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    kinds = {row["kind"] for row in rows}
-    return {kind: [row for row in rows if row["kind"] == kind] for kind in kinds}

@@ -21,7 +21,7 @@ from gcahng.training.finite_checks import (
     NotFinite,
     finite_rows,
 )
-from gcahng.training.step import _whole_rows
+from gcahng.training.step_batch import whole_rows
 
 BAD = [math.nan, math.inf, -math.inf]
 
@@ -336,7 +336,7 @@ def test_rows_with_a_bad_entry_anywhere(bad: float, dtype: torch.dtype) -> None:
 def test_inputs_that_are_not_one_to_an_embedding_name_the_embeddings() -> None:
     z = torch.zeros(4, 2)
     z[3] = math.nan
-    whole = _whole_rows(torch.full((8, 5), math.nan), z)
+    whole = whole_rows(torch.full((8, 5), math.nan), z)
     for checks in (DeferredChecks("cpu"), finite_checks.ImmediateChecks()):
         checks.begin(5)
 

@@ -40,7 +40,7 @@ CASES = {
 def recorded(case: Case, coefficients: Coefficients, reduce: Any = identity) -> dict[str, Any]:
     z, labels = case.batch()
     record = HardnessRecord(edges=True, reduce=reduce)
-    record.take_batch(z, labels, case.synthesis().rule, case.size.num_samples)
+    record.take_batch(z, labels, coefficients.plan, case.synthesis().rule, case.size.num_samples)
     record.take_synthetic(z, coefficients, case.synthesis(), case.classifier(), labels[: case.size.num_classes])
     return record.row()
 
@@ -138,7 +138,7 @@ def test_a_baseline_counts_distances_alone(name: str) -> None:
     z, labels = case.batch()
     rule, num_samples = case.synthesis().rule, case.size.num_samples
     record = HardnessRecord(edges=True, reduce=identity)
-    record.take_batch(z, labels, rule, num_samples)
+    record.take_batch(z, labels, case.plan(), rule, num_samples)
     record.take_negatives(z, case.plan(), rule, num_samples)
     row = record.row()
     whole = recorded(case, UnitCoefficients(edge_layout(case.plan(), None, 0)))
@@ -213,8 +213,16 @@ def test_recording_moves_nothing_and_waits_for_nothing(name: str) -> None:
     assert len(waits) == 1 and "tolist" in waits[0]
     assert row["pairs"] == 12 * 9 and row["anchors"] == 12
     assert ("d_synthetic" in row) == case.generate and ("coefficients" in row) == (case.generate and case.graph)
-    assert float(found[1].pop("hard_negative_ratio")) == row["hard_negative_ratio"]
-    assert_same_tensors(found[1], found[0])
+    assert float(found[1]["hard_negative_ratio"]) == row["hard_negative_ratio"]
+    assert found[1].keys() - found[0].keys() == {"hard_negative_ratio"} | signals_of(case)
+    assert_same_tensors({name: found[1][name] for name in found[0]}, found[0])
+
+
+def signals_of(case: StepCase) -> set[str]:
+    found = {"embedding_std", "mean_positive_distance", "mean_negative_distance"}
+    if not case.generate:
+        return found
+    return found | {"active_synthetic_ratio"} | ({"coefficient_spread"} if case.graph and case.channel else set())
 
 
 @pytest.fixture(scope="module")

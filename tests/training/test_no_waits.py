@@ -1,16 +1,18 @@
 """A training step with deferred checks never makes the host wait for the device."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from host_waits import noted
 from maths_cases import Size
-from run_cases import ALONE, make_trainer
+from run_cases import make_trainer
 from step_cases import Case, averages_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gcahng.training import trainer as trainer_module
 from gcahng.training.backend import PlainBackend
 from gcahng.training.parts import build_parts, build_step
 
@@ -68,16 +70,16 @@ def test_a_loss_of_ones_own_is_asked_as_it_is() -> None:
 
 
 def test_nothing_of_a_run_but_its_log_waits(shards, tmp_path) -> None:
-    trainer = make_trainer(shards, tmp_path / "run", {"train.log_every": 100})
-    trainer.parts = build_parts(trainer.config, trainer.parts.modules, ALONE.device, fused=True)
-    trainer.step, trainer.backend = build_step(trainer.config, trainer.parts, ALONE, deferred_checks=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "build_parts", partial(build_parts, fused=True))
+        patch.setattr(trainer_module, "build_step", partial(build_step, deferred_checks=True))
+        trainer = make_trainer(shards, tmp_path / "run", {"train.log_every": 100})
     batches = list(trainer.loader.epoch_iterator(0))[:3]
     trainer.run_step(batches[0].images, batches[0].labels, batches[0].rows)
     with noted() as waits:
         for number, batch in enumerate(batches[1:], 1):
-            trainer.progress.step = number
-            report = trainer.run_step(batch.images, batch.labels, batch.rows)
-    assert waits == []
+            report = trainer.steps.run(batch.images, batch.labels, batch.rows, number, None, 0)
+    assert waits == [] and report is not None
     with noted() as reads:
         values = trainer.steps.read(report)
     assert len(reads) == 1 and "tolist" in reads[0]

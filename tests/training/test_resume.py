@@ -3,13 +3,13 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from run_cases import (
+    assert_same_run,
     assert_same_tensors,
     convert_patterns,
     draw_patterns,
@@ -25,7 +25,6 @@ from gcahng.errors import ConfigError, DataError
 from gcahng.training import checkpoint
 from gcahng.training import trainer as trainer_module
 from gcahng.training.resume import FREE, check_resumable
-from gcahng.training.run_log import HARDNESS_FILE
 from gcahng.training.trainer import Trainer
 
 # Everything that has a state: warm-up, proxies, three kinds of schedule, validation, epoch averages.
@@ -37,7 +36,6 @@ WHOLE = {
 }
 AUTO = {"train.resume": "auto"}
 BASELINE = {"graph.enabled": False, "generation.enabled": False, "train.max_steps_per_epoch": 2}
-MEASURED = ("seconds_per_step", "peak_memory_bytes")
 
 
 class Interruption(Exception):
@@ -46,7 +44,7 @@ class Interruption(Exception):
 
 def interrupt(trainer: Trainer, calls: int) -> None:
     """Run until call number `calls` of the step raises."""
-    step, made = trainer.step, 0
+    step, made = trainer.steps.step, 0
 
     def counting(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         nonlocal made
@@ -55,7 +53,7 @@ def interrupt(trainer: Trainer, calls: int) -> None:
             raise Interruption
         return step(*args, **kwargs)
 
-    trainer.step = counting
+    trainer.steps.step = counting
     with pytest.raises(Interruption):
         trainer.run()
 
@@ -65,25 +63,6 @@ def undisturbed(shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     train(shards, folder, WHOLE)
     return folder
-
-
-def assert_same_run(got: Path, want: Path) -> None:
-    for link in ("last", "best", "best_test"):
-        assert (got / link).readlink() == (want / link).readlink()
-        assert_same_tensors(saved_tensors(got, link), saved_tensors(want, link))
-        assert read_state(got, link) == read_state(want, link)
-        for file in (want / link).glob("optimizer-*.pt"):
-            groups = [
-                torch.load(folder / link / file.name, weights_only=True)["param_groups"] for folder in (got, want)
-            ]
-            assert groups[0] == groups[1]
-    assert read_metrics(got) == read_metrics(want)
-    assert (got / HARDNESS_FILE).read_text() == (want / HARDNESS_FILE).read_text() != ""
-    results = [json.loads((folder / "results.json").read_text()) for folder in (got, want)]
-    assert [{k: v for k, v in r.items() if k not in MEASURED} for r in results][0] == {
-        k: v for k, v in results[1].items() if k not in MEASURED
-    }
-    assert {p.name for p in got.glob("step-*")} == {p.name for p in want.glob("step-*")}
 
 
 @pytest.mark.parametrize("calls", [6, 11], ids=["in epoch 2", "in epoch 3"])
@@ -140,7 +119,7 @@ def test_what_a_killed_process_leaves_is_put_right(shards, tmp_path, undisturbed
 def test_links_that_were_never_set_are_set_after_the_resume(shards, tmp_path) -> None:
     """Killed between the first checkpoint and its links, with a model that no later epoch makes better."""
     unmoved = {"optim.metric_model.lr": 1e-12, "model.head": "linear", "model.freeze_batch_norm": True}
-    settings = BASELINE | unmoved | {"train.epochs": 3, "data.validation": 0.25}
+    settings = BASELINE | unmoved | {"train.epochs": 3, "data.validation": 0.25, "train.keep_last": 1}
     run = tmp_path / "run"
     interrupt(make_trainer(shards, run, settings), 3)
     for name in ("best", "best_test", "last"):
@@ -270,6 +249,8 @@ def test_settings_that_move_no_weight_may_change(pattern_folder, shards, short_r
         "train.log_every": 3,
         "train.record_every": 2,
         "train.keep_last": 4,
+        "train.save_every_steps": 1,
+        "train.save_in_background": False,
         "train.device": "auto",
         "data.num_workers": 1,
         "distributed.timeout_seconds": 60,
@@ -330,26 +311,23 @@ def test_a_failed_evaluation_of_more_epochs_leaves_no_stale_results(
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
 
 
-def flip_a_byte(folder: Path) -> None:
-    file = folder / "optimizer-metric_model.pt"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+@pytest.mark.parametrize("interrupted_in", [2, 6])
+def test_a_run_goes_on_before_a_milestone_as_after_it(shards, tmp_path, undisturbed, interrupted_in: int) -> None:
+    """What a schedule waits for survives JSON, whose keys are text."""
+    settings = WHOLE | {"train.save_every_steps": 1}
+    interrupt(make_trainer(shards, tmp_path / "run", settings), interrupted_in)
+    train(shards, tmp_path / "run", settings | AUTO)
+    assert_same_tensors(saved_tensors(tmp_path / "run"), saved_tensors(undisturbed))
+    assert read_metrics(tmp_path / "run") == read_metrics(undisturbed)
 
 
-def remove_a_file(folder: Path) -> None:
-    (folder / "metric_model.safetensors").unlink()
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [(flip_a_byte, r"optimizer-metric_model.pt is damaged"), (remove_a_file, "lacks metric_model")],
-)
-def test_a_damaged_checkpoint_is_refused(shards, tmp_path, damage: Callable[[Path], None], message: str) -> None:
-    train(shards, tmp_path / "run", BASELINE)
-    damage(tmp_path / "run" / "step-2")
-    with pytest.raises(DataError, match=message):
-        make_trainer(shards, tmp_path / "run", BASELINE | AUTO)
+def test_a_checkpoint_that_was_being_replaced_gets_its_name_back(shards, tmp_path, undisturbed: Path) -> None:
+    """Killed between the two renames."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run, symlinks=True)
+    (run / "step-12").rename(run / "step-12.replaced")
+    train(shards, run, WHOLE | AUTO)
+    assert_same_run(run, undisturbed)
 
 
 def test_a_missing_checkpoint_is_refused(shards, tmp_path) -> None:

@@ -1,12 +1,16 @@
 """`metrics.jsonl` and TensorBoard: one row per event, whole after a crash, nothing twice after a resume."""
 
 import json
+import logging
 import math
 from pathlib import Path
 
+import pytest
+from full_disk import files_of_at_most
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gcahng.training.run_log import RunLog, read_rows
+from gcahng.errors import TrainingError
+from gcahng.training.run_log import HARDNESS_FILE, METRICS_FILE, RunLog, read_rows
 
 
 def curve(run_dir: Path, tag: str) -> list[tuple[int, float]]:
@@ -108,3 +112,47 @@ def test_event_files_begun_at_once_still_sort_by_age(tmp_path) -> None:
     files = sorted((tmp_path / "tensorboard").iterdir())
     assert len({f.name.split(".")[3] for f in files}) == 3
     assert files == sorted(files, key=lambda f: f.stat().st_mtime_ns)
+
+
+def test_rows_that_the_disk_refuses_are_written_later_once_and_whole(tmp_path, caplog) -> None:
+    path = tmp_path / METRICS_FILE
+    with RunLog(tmp_path) as log:
+        write_steps(log, range(1, 3))
+        size = path.stat().st_size
+        with files_of_at_most(size + 10):  # the next row fits in part
+            write_steps(log, range(3, 6))
+            assert path.stat().st_size == size
+            assert [json.loads(row)["step"] for row in log.unwritten()[METRICS_FILE]] == [3, 4, 5]
+            with pytest.raises(TrainingError, match=r"3 rows of .*metrics\.jsonl cannot be written, but"):
+                log.finish()
+        write_steps(log, range(6, 7))
+        assert log.unwritten() == {}
+        log.finish()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(step, step / 2) for step in range(1, 7)]
+    assert curve(tmp_path, "step/loss") == [(step, step / 2) for step in range(1, 7)]
+    errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert len([text for text in errors if f"{path} cannot be written" in text and "File too large" in text]) == 1
+
+
+def test_a_resumed_log_has_the_rows_that_waited_once(tmp_path) -> None:
+    """Some of them came into the file after the checkpoint was made."""
+    with RunLog(tmp_path) as log:
+        write_steps(log, range(1, 3))
+        with files_of_at_most(10):
+            write_steps(log, range(3, 5))
+            log.write_hardness(4, {"d": 0.5})
+            waiting = log.unwritten()
+    kept = (tmp_path / METRICS_FILE).read_text().splitlines()[:3]
+    (tmp_path / METRICS_FILE).write_text("\n".join(kept) + "\n")
+    (tmp_path / HARDNESS_FILE).write_text("")
+    for _ in range(2):
+        with RunLog(tmp_path, from_step=4, unwritten=waiting):
+            pass
+        assert [row["step"] for row in read_rows(tmp_path / METRICS_FILE)] == [1, 2, 3, 4]
+        assert read_rows(tmp_path / HARDNESS_FILE) == [{"step": 4, "d": 0.5}]
+
+
+def test_a_log_that_cannot_be_begun_is_an_error(tmp_path) -> None:
+    with pytest.raises(TrainingError, match=r"logs of .* cannot be written \(.*No such file.*\): make room"):
+        RunLog(tmp_path / "absent")

@@ -31,14 +31,14 @@ def test_dropout_inside_a_backbone_survives_a_resume(shards, tmp_path, monkeypat
     }
     train(shards, tmp_path / "whole", settings)
     trainer = make_trainer(shards, tmp_path / "cut", settings)
-    steps = trainer.step
+    step = trainer.steps.step
 
     def interrupted(*arguments, **keywords):
         if keywords["step"] == 4:
             raise RuntimeError("cut")
-        return steps(*arguments, **keywords)
+        return step(*arguments, **keywords)
 
-    trainer.step = interrupted
+    trainer.steps.step = interrupted
     with pytest.raises(RuntimeError, match="cut"):
         trainer.run()
     torch.manual_seed(123)  # another process has another global generator

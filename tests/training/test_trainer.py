@@ -45,6 +45,12 @@ STEP_KEYS = LOSSES | {
     "synthetic_weight",
     "pull_factor",
     "hard_negative_ratio",
+    "embedding_std",
+    "effective_rank",
+    "mean_positive_distance",
+    "mean_negative_distance",
+    "active_synthetic_ratio",
+    "coefficient_spread",
     "lr_metric_model",
     "lr_graph",
     "lr_classifier",
@@ -112,13 +118,13 @@ def test_epoch_averages_steer_the_next_epoch(finished_run) -> None:
 def test_each_step_has_its_own_number_and_batch(shards, tmp_path) -> None:
     """The number is a coordinate of the random draws."""
     trainer = make_trainer(shards, tmp_path / "run", BASELINE | {"train.epochs": 2, "train.max_steps_per_epoch": 3})
-    step, seen = trainer.step, []
+    step, seen = trainer.steps.step, []
 
     def watched(images: torch.Tensor, labels: torch.Tensor, *rest: Any, **options: Any) -> dict[str, torch.Tensor]:
         seen.append((options["step"], images.clone(), labels.clone()))
         return step(images, labels, *rest, **options)
 
-    trainer.step = watched
+    trainer.steps.step = watched
     trainer.run()
     assert [number for number, _, _ in seen] == list(range(6))
     loader = make_trainer(shards, tmp_path / "other", BASELINE).loader

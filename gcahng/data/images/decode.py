@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gcahng.data.images.jpeg import START, decode_faultless_jpeg
+from gcahng.data.images.jpeg import MAX_SCANS, START, decode_faultless_jpeg, has_too_many_scans
 from gcahng.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -47,6 +47,8 @@ def decode_image(content: bytes, *, name: str, max_pixels: int = MAX_PIXELS, rep
         raise DataError(
             f"{name} has too many pixels: expected at most {max_pixels}, got {image.width} x {image.height}. {repair}"
         )
+    if image.format == "JPEG" and has_too_many_scans(content):
+        raise DataError(f"{name} has too many scans: expected a JPEG of at most {MAX_SCANS}. {repair}")
     try:
         image.load()
         return _to_rgb(image)

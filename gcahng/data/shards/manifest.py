@@ -7,6 +7,7 @@ believed that the manifest does not confirm: sizes and counts at every start, ch
 import hashlib
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -21,6 +22,9 @@ MANIFEST_VERSION = 2
 CHECKSUM_KEY = "manifest_sha256"
 SHARED_KEY = "classes_shared_with_train"
 """In `Manifest.extra`: how many there are, where a conversion went on in spite of them."""
+_MAX_BYTES = 1 << 30
+_MAX_SHOWN = 300  # characters of what a file says, in messages
+_MAX_NAME_BYTES = 180  # file systems allow 255; a cache puts a checksum in front
 _CONVERT_AGAIN = "Convert the data set again with `python -m shards.convert`."
 
 Record = TypeVar("Record", "ShardInfo", "ClassesFile")
@@ -137,7 +141,7 @@ def read_manifest_json(path: Path | str, where: str | None = None) -> tuple[dict
     file = path if os.path.isfile(path) else path / MANIFEST_NAME
     shown = where or str(file)
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(_small_file(file, shown))
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{shown} is missing: expected a folder of shards, got "
@@ -147,10 +151,21 @@ def read_manifest_json(path: Path | str, where: str | None = None) -> tuple[dict
     except OSError as error:
         raise DataError(f"{shown} cannot be read ({error.strerror}). Check the path and its permissions.") from None
     except (ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{shown} is not readable JSON ({error}). {_CONVERT_AGAIN}") from None
     if not isinstance(raw, dict):
         raise DataError(f"{shown}: expected version {MANIFEST_VERSION}, got None. {_CONVERT_AGAIN}")
     return raw, shown
+
+
+def _small_file(file: Path, shown: str) -> str:
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(f"{shown} is no regular file. {_CONVERT_AGAIN}")
+    if found.st_size > _MAX_BYTES:
+        raise DataError(f"{shown} is too large: expected at most {_MAX_BYTES} bytes, got {found.st_size}.")
+    return file.read_text(encoding="utf-8")
 
 
 def encode_manifest(raw: Mapping[str, Any]) -> bytes:
@@ -166,7 +181,8 @@ def own_checksum(raw: Mapping[str, Any]) -> str:
 
 def _from_json(raw: dict[str, Any], where: str) -> Manifest:
     if raw.get("version") != MANIFEST_VERSION:
-        raise DataError(f"{where}: expected version {MANIFEST_VERSION}, got {raw.get('version')!r}. {_CONVERT_AGAIN}")
+        got = f"{raw.get('version')!r:.60}"
+        raise DataError(f"{where}: expected version {MANIFEST_VERSION}, got {got}. {_CONVERT_AGAIN}")
     expected = {
         "source": str,
         "seed": int,
@@ -181,7 +197,7 @@ def _from_json(raw: dict[str, Any], where: str) -> Manifest:
             raise _malformed(where, f"`{name}`", kind.__name__, raw.get(name))
     for split, counts in raw["splits"].items():
         if not isinstance(counts, dict) or not all(type(counts.get(k)) is int for k in ("classes", "images")):
-            raise _malformed(where, f"`splits.{split}`", "{classes: int, images: int}", counts)
+            raise _malformed(where, f"`splits.{split[:60]}`", "{classes: int, images: int}", counts)
     return Manifest(
         version=raw["version"],
         source=raw["source"],
@@ -209,7 +225,8 @@ def _malformed(where: str, what: str, expected: str, got: object) -> DataError:
 def _check_consistency(manifest: Manifest, where: str) -> None:
     def require(what: str, expected: object, got: object) -> None:
         if expected != got:
-            raise DataError(f"{where} contradicts itself: {what}: expected {expected}, got {got}. {_CONVERT_AGAIN}")
+            shown, found = (f"{value!s:.{_MAX_SHOWN}}" for value in (expected, got))
+            raise DataError(f"{where} contradicts itself: {what}: expected {shown}, got {found}. {_CONVERT_AGAIN}")
 
     names = [name for shard in manifest.shards for name in (shard.name, shard.index_name)]
     names += [manifest.classes.name, MANIFEST_NAME]
@@ -246,4 +263,9 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
 
 def _is_plain(name: str) -> bool:
     """A file name without any folder, here and on other systems, and nothing a URL would read otherwise."""
-    return name not in ("", ".", "..") and not set(name) & set("/\\:?#%\0")
+    return (
+        name not in ("", ".", "..")
+        and not set(name) & set("/\\:?#%")
+        and name.isprintable()  # no control characters, no halves of pairs
+        and len(name.encode(errors="replace")) <= _MAX_NAME_BYTES
+    )

@@ -7,6 +7,7 @@ import numpy as np
 
 from gcahng.data.sources.layout import Layout, RowFaults, find_root, leads_out, relative_path
 from gcahng.data.sources.listing_builder import FolderFiles, ListingBuilder
+from gcahng.data.sources.read_file import read_file
 from gcahng.data.sources.source import TEST, TRAIN, Listing, Published, SourceItem
 from gcahng.errors import DataError, InputError
 
@@ -67,7 +68,7 @@ class Cars:
 
     def load(self, item: SourceItem) -> bytes:
         """The bytes of the file."""
-        return (self.root / item.source).read_bytes()
+        return read_file(self.root / item.source)
 
 
 def _read_annotations(path: Path) -> tuple[list[tuple[str, int]], list[str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gcahng.data.sources.layout import RowFaults
 from gcahng.data.sources.listing_builder import FolderFiles, ListingBuilder
+from gcahng.data.sources.read_file import read_file
 from gcahng.data.sources.source import GALLERY, QUERY, TEST, TRAIN, Listing, SourceItem
 from gcahng.errors import DataError, InputError
 
@@ -104,7 +105,7 @@ class CsvFile:
 
     def load(self, item: SourceItem) -> bytes:
         """The bytes of the file."""
-        return (self.images / item.source).read_bytes()
+        return read_file(self.images / item.source)
 
     def _item(self, row: Sequence[str], columns: _Columns) -> SourceItem | str:
         """The image of a line, or what is wrong with the line."""

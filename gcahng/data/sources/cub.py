@@ -4,6 +4,7 @@ from pathlib import Path
 
 from gcahng.data.sources.layout import Layout, RowFaults, find_root, leads_out, read_table, relative_path
 from gcahng.data.sources.listing_builder import FolderFiles, ListingBuilder
+from gcahng.data.sources.read_file import read_file
 from gcahng.data.sources.source import TEST, TRAIN, Listing, Published, SourceItem
 
 LAYOUT = Layout(
@@ -66,7 +67,7 @@ class Cub:
 
     def load(self, item: SourceItem) -> bytes:
         """The bytes of the file."""
-        return (self.root / item.source).read_bytes()
+        return read_file(self.root / item.source)
 
     def _class_names(self) -> dict[int, str]:
         path = self.root / "classes.txt"

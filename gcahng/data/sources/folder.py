@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from gcahng.data.sources.read_file import read_file
 from gcahng.data.sources.source import (
     GALLERY,
     QUERY,
@@ -70,7 +71,7 @@ class Folder:
 
     def load(self, item: SourceItem) -> bytes:
         """The bytes of the file."""
-        return (self.directory / item.source).read_bytes()
+        return read_file(self.directory / item.source)
 
     def _given_splits(self, top: list[str]) -> Listing:
         found = set(top)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gcahng.data.sources.layout import Layout, RowFaults, find_root
 from gcahng.data.sources.listing_builder import FolderFiles, ListingBuilder
+from gcahng.data.sources.read_file import read_file
 from gcahng.data.sources.source import TEST, TRAIN, Fault, Listing, Published, SourceItem
 from gcahng.errors import DataError
 
@@ -72,7 +73,7 @@ class Hotel50K:
 
     def load(self, item: SourceItem) -> bytes:
         """The bytes of the file."""
-        return (self.root / item.source).read_bytes()
+        return read_file(self.root / item.source)
 
     def _hotels(self) -> dict[str, dict[str, str]]:
         """Hotel id -> its columns."""

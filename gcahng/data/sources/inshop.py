@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gcahng.data.sources.layout import Layout, RowFaults, find_root, leads_out, read_lines, read_table, relative_path
 from gcahng.data.sources.listing_builder import FolderFiles, ListingBuilder
+from gcahng.data.sources.read_file import read_file
 from gcahng.data.sources.source import GALLERY, QUERY, TRAIN, Listing, Published, SourceItem
 from gcahng.errors import DataError
 
@@ -82,4 +83,4 @@ class InShop:
 
     def load(self, item: SourceItem) -> bytes:
         """The bytes of the file."""
-        return (self.images / item.source.removeprefix(f"{_NAMED_FOLDER}/")).read_bytes()
+        return read_file(self.images / item.source.removeprefix(f"{_NAMED_FOLDER}/"))

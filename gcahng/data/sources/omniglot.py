@@ -1,8 +1,10 @@
 """Source `omniglot`: handwritten characters of many alphabets, split by alphabet."""
 
 import io
+import lzma
 import os
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -12,8 +14,9 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from gcahng.data.images.decode import decode_image
+from gcahng.data.images.decode import FORMATS, decode_image
 from gcahng.data.sources.layout import Layout
+from gcahng.data.sources.read_file import MAX_FILE_BYTES, read_file
 from gcahng.data.sources.source import TEST, TRAIN, Fault, Listing, Published, SourceItem
 from gcahng.errors import DataError, InputError
 
@@ -127,7 +130,7 @@ class Omniglot:
         content = self._files.read(self._root + turned[1])
         decode_image(content, name="the file")  # one clear error for whatever may be wrong with the bytes
         buffer = io.BytesIO()
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             image.transpose(_TURNS[int(turned[2])]).save(buffer, format="PNG")
         return buffer.getvalue()
 
@@ -199,7 +202,7 @@ class _Folder:
 
     def read(self, path: str) -> bytes:
         """See `_Files`."""
-        return (self.root / path).read_bytes()
+        return read_file(self.root / path)
 
 
 class _Zip:
@@ -236,15 +239,20 @@ class _Zip:
             DataError: The member is damaged.
         """
         try:
-            return self._open().read(path)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            with self._open().open(path) as member:
+                content = member.read(MAX_FILE_BYTES + 1)
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError, KeyError) as error:
             raise DataError(f"the member of {self.path} cannot be read ({error}). Fetch the zip file again.") from None
+        if len(content) > MAX_FILE_BYTES:
+            raise DataError(f"the member of {self.path} unpacks to more than {MAX_FILE_BYTES} bytes. Leave it out.")
+        return content
 
     def _open(self) -> zipfile.ZipFile:
         if self._archive is None:
             try:
                 self._archive = zipfile.ZipFile(self.path)
-            except (OSError, zipfile.BadZipFile) as error:
+            # Beside OSError: what its parser stumbles over in a damaged file.
+            except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise DataError(
                     f"Source {self.path} cannot be read as a zip file ({reason}). Fetch it again, or give as "

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from gcahng.data.sources.layout import Layout, RowFaults, find_root, leads_out, read_table, relative_path
 from gcahng.data.sources.listing_builder import FolderFiles, ListingBuilder
+from gcahng.data.sources.read_file import read_file
 from gcahng.data.sources.source import TEST, TRAIN, Listing, Published, SourceItem
 
 LAYOUT = Layout(
@@ -50,7 +51,7 @@ class StanfordOnlineProducts:
 
     def load(self, item: SourceItem) -> bytes:
         """The bytes of the file."""
-        return (self.root / item.source).read_bytes()
+        return read_file(self.root / item.source)
 
     def _read(self, builder: ListingBuilder, split: str, path: Path) -> None:
         faults = RowFaults(path, _REPAIR)

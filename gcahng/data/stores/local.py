@@ -1,5 +1,6 @@
 """Shards in a folder of this machine or of a file system mounted on it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -40,8 +41,15 @@ class LocalStore:
                 )
 
     def local_copy(self, name: str, sha256: str | None = None) -> Path:
-        """The file itself."""
-        return self.directory / name
+        """The file itself.
+
+        Raises:
+            DataError: It is a device or a pipe, which would have no end.
+        """
+        path = self.directory / name
+        if os.path.exists(path) and not os.path.isfile(path):  # whatever else is wrong, its reader says
+            raise DataError(f"Shard file {path} is no regular file. {_REPAIR}")
+        return path
 
     def expect(self, present: Sequence[str], following: Sequence[str]) -> None:
         """Nothing to do: the files are here."""

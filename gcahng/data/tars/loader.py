@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from gcahng.data.dataset import Failure
 from gcahng.data.images.decode import MAX_PIXELS, decode_image
 from gcahng.data.images.transform_settings import TransformSettings
 from gcahng.data.images.transforms import eval_transform
@@ -22,7 +21,7 @@ from gcahng.data.tars.labels import NO_LABEL, Label, read_label
 from gcahng.data.tars.locations import TarPlace, find_tars
 from gcahng.data.tars.members import MAX_MEMBER_BYTES, TarMembers
 from gcahng.data.tars.samples import TarSample, image_of, tar_samples
-from gcahng.data.workers import worker_loader
+from gcahng.data.workers import Failure, next_answer, worker_loader
 from gcahng.errors import DataError, InputError
 
 _STREAMED = CacheSettings(mode="direct")  # what is read once needs no copy on this machine
@@ -93,7 +92,7 @@ class TarLoader:
         self.counts = TarCounts()
         kind: str | None = None
         answers = iter(self._loader)
-        while (answer := next(answers, None)) is not None:
+        while (answer := next_answer(answers)) is not None:
             problem = answer.message if isinstance(answer, Failure) else None
             if problem is None:
                 problem = self._other_kind(answer, kind)

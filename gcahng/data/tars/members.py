@@ -117,18 +117,25 @@ class TarMembers:
         while (member := self._next()) is not None:
             yield member
 
-    def content(self) -> bytes:
+    def content(self, max_bytes: int | None = None) -> bytes:
         """The content of the member at hand.
 
+        Args:
+            max_bytes: Limit where it is lower than that of all members.
         Raises:
             DataError: It is larger than allowed, or cannot be read.
         """
         assert self._member is not None, "no member is at hand"
-        if self._member.size > self._max_member_bytes:
+        limit = self._max_member_bytes
+        if max_bytes is not None and max_bytes < limit:
+            limit, repair = max_bytes, "Leave out what is no label."
+        else:
+            repair = "Raise `max_member_bytes` if that is right."
+        if self._member.size > limit:
             raise self.fault(
-                f"has a member that is too large: expected at most {self._max_member_bytes} bytes, got "
+                f"has a member that is too large: expected at most {limit} bytes, got "
                 f"{self._member.size} in {self._member.name!r}",
-                "Raise `max_member_bytes` if that is right.",
+                repair,
             )
         return self._bytes(self._content, self._member.size)
 

@@ -15,6 +15,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL_EXTENSIONS = ("cls", "json")
 READ_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, *LABEL_EXTENSIONS))
 """Members with another extension are passed over unread; there is no decoder for any of them."""
+MAX_LABEL_BYTES = 1 << 20
+"""Limit of a member that holds a label."""
 
 _META = re.compile(r"__[^/]*__($|/)")
 """WebDataset's names for what describes a tar and is no sample."""
@@ -62,7 +64,7 @@ def tar_samples(
         passed_over: Told the extension of every member that is not read, "no key" of those that belong to no sample.
     Raises:
         DataError: See `TarMembers`; or a key or a member comes twice, or a sample's members do not lie together, or
-            one of them is a link or a device.
+            one of them is a link or a device, or a member's path leads out of the tar.
     """
     seen: set[str] = set()
     extensions: set[str] = set()
@@ -71,6 +73,7 @@ def tar_samples(
     has_position = False
     sample: TarSample | None = None
     for member in members:
+        _check_path(members, member)
         if member.kind is Kind.DIRECTORY:
             continue
         name = split_name(member.name)
@@ -100,7 +103,7 @@ def tar_samples(
             has_position = True
             sample = TarSample(key, position) if position % parts == part else None
         if sample is not None:
-            sample.members[name[1]] = members.content()
+            sample.members[name[1]] = members.content(MAX_LABEL_BYTES if name[1] in LABEL_EXTENSIONS else None)
     if sample is not None:
         yield sample
 
@@ -121,6 +124,15 @@ def image_of(sample: TarSample, name: str) -> bytes:
             f"{', '.join(found) or 'none'} (members read: {', '.join(sorted(sample.members))}). Make the tar again."
         )
     return sample.members[found[0]]
+
+
+def _check_path(members: TarMembers, member: Member) -> None:
+    """Nothing is unpacked here; but who packed such a path meant to write where the reader does not expect it."""
+    if member.name.startswith("/") or ".." in member.name.split("/") or "\0" in member.name:
+        raise members.fault(
+            f"has member {member.name[:200]!r}, whose path leads out of the tar: expected a path below its top",
+            "Do not unpack it; make it again from a folder you trust.",
+        )
 
 
 def _check_member(members: TarMembers, member: Member, extension: str, extensions: set[str]) -> None:
