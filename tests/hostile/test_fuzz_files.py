@@ -94,6 +94,8 @@ NAMES = list(zip("abcdefgh", "bcdefghi", strict=True))
 BOMBS = (
     "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in NAMES),
     "a: &a {x: 1}\n" + "".join(f"{c}: &{c} {{<<: [{','.join(['*' + p] * 9)}], y{c}: 1}}\n" for p, c in NAMES),
+    "model:\n  backbone_args:\n    a: &a [x, x, x, x, x, x, x, x, x]\n"
+    + "".join(f"    {c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in NAMES),
     "model: &m {backbone_args: *m}\n",
     "&a [*a]\n",
     "seed: !!python/object/apply:os.system [exit]\n",
