@@ -7,6 +7,7 @@ from pathlib import Path
 from gcahng.errors import ConfigError
 from gcahng.training.checkpoint import CONFIG, LINKS, MANIFEST, STATE
 from gcahng.training.config import load_config
+from gcahng.training.trusted import OPTION
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
@@ -16,6 +17,16 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> argparse._Mutuall
     source.add_argument("--checkpoint", type=Path, help="checkpoint folder step-N, or a file in it")
     parser.add_argument("--which", choices=LINKS, help="checkpoint of --run; default: last")
     return source
+
+
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """Let a command line vouch for the code that the configuration of a checkpoint or a run names."""
+    parser.add_argument(
+        OPTION,
+        action="store_true",
+        help="run code from outside this library that the configuration of a checkpoint or run names (your own "
+        "backbone, say); without it such a one is refused",
+    )
 
 
 def add_released_options(parser: argparse.ArgumentParser, option: str) -> None:

@@ -13,6 +13,7 @@ from gcahng.data.workers import worker_fault
 from gcahng.distributed import failures
 from gcahng.errors import InputError, TrainingError
 from gcahng.training.launched import launched_rank
+from gcahng.training.signals import SIGNALS
 
 INPUT_FAULT = 2
 """Exit status for input that can be repaired."""
@@ -45,9 +46,21 @@ def run(main: Callable[[], int]) -> None:
     sys.exit(status)
 
 
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _shown(super().format(record))
+
+
+def _shown(text: str) -> str:
+    """A message without what moves a terminal's cursor or colour: it may hold names from anybody's files."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 def _set_up_logging(rank: int) -> None:
     sender = f"rank {rank}: " if rank else ""
-    logging.basicConfig(level=logging.INFO, format=f"{sender}%(levelname)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(f"{sender}%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     if rank:
         logging.getLogger().setLevel(logging.ERROR)
         logging.getLogger(failures.EACH_RANK).setLevel(logging.WARNING)
@@ -56,17 +69,19 @@ def _set_up_logging(rank: int) -> None:
 
 def _end(error: BaseException, text: str, status: int, rank: int) -> int:
     """Say why the run ends; returns the exit status of a process that is alone, and ends one that is not."""
+    for number in SIGNALS:  # no longer noted: the launcher may end this rank while it waits for its turn
+        signal.signal(number, signal.SIG_DFL)
     if not failures.connected():
         if rank:
             time.sleep(_RANK_0_FIRST_S)
             text = f"rank {rank}: {text}"
-        print(text, file=sys.stderr)
+        print(_shown(text), file=sys.stderr)
         return status
     # Ctrl-C comes twice: from the terminal, and from the launcher, which passes its own on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end = failures.ending(error, text, status)
     if end.text is not None:
-        print(end.text, file=sys.stderr)
+        print(_shown(end.text), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     # At once: what would be tidied up at an ordinary exit (groups, engines, loaders) waits for ranks that are gone.

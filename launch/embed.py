@@ -20,6 +20,7 @@ from launch.checkpoints import (
     add_checkpoint_options,
     add_image_options,
     add_settings,
+    add_trust_option,
     check_pattern,
     chosen_path,
     image_settings,
@@ -50,6 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"images of a part, which is embedded again when a rank is killed in it; default: {PART_IMAGES}",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_trust_option(parser)
     add_settings(parser)
     return parser.parse_intermixed_args(arguments)
 
@@ -89,6 +91,7 @@ def main() -> int:
         label_field=options.label_field,
         labelled=not options.no_labels,
         progress_bars=not options.quiet,
+        trust_components=options.trust_components,
     )
     if info is not None:
         size = sum(file.bytes for file in info.files.values())

@@ -32,6 +32,7 @@ from launch.checkpoints import (
     add_image_options,
     add_released_options,
     add_settings,
+    add_trust_option,
     check_pattern,
     chosen_path,
     image_settings,
@@ -72,6 +73,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clustering", action="store_true", help="NMI and AMI of k-means (as eval.clustering=true)")
     parser.add_argument("--approximate", metavar="KIND", help="search through faiss too (flat, ivf, ivf_sq8, hnsw)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_trust_option(parser)
     add_settings(parser)
     return parser.parse_intermixed_args(arguments)
 
@@ -83,7 +85,9 @@ def chosen_model(options: argparse.Namespace) -> SavedModel:
         ConfigError: See `chosen_path` and `released_with_config`.
     """
     released = released_with_config(options, "--released")
-    return CheckpointModel(chosen_path(options)) if released is None else ReleasedModel(*released)
+    if released is not None:
+        return ReleasedModel(*released)
+    return CheckpointModel(chosen_path(options), options.trust_components)
 
 
 def chosen_tars(options: argparse.Namespace) -> TarSets | None:

@@ -11,7 +11,7 @@ from gcahng.export import Exported, ExportSettings, export_checkpoint
 from gcahng.export.check import TOLERANCE
 from gcahng.export.formats import FORMATS
 from gcahng.training.launched import require_one_process
-from launch.checkpoints import add_checkpoint_options, add_settings, chosen_path
+from launch.checkpoints import add_checkpoint_options, add_settings, add_trust_option, chosen_path
 from launch.cli import run
 
 
@@ -37,6 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=TOLERANCE,
         help=f"largest difference from the model, as a share of an embedding's largest entry; default: {TOLERANCE}",
     )
+    add_trust_option(parser)
     add_settings(parser)
     return parser.parse_intermixed_args(arguments)
 
@@ -64,7 +65,10 @@ def main() -> int:
         image_size=options.image_size,
         tolerance=options.tolerance,
     )
-    print(report(export_checkpoint(chosen_path(options), options.output, settings, options.overrides)))
+    done = export_checkpoint(
+        chosen_path(options), options.output, settings, options.overrides, trust_components=options.trust_components
+    )
+    print(report(done))
     return 0
 
 

@@ -1,6 +1,7 @@
 """Repeat a step that met numbers that are not finite, from what the run kept of it, and find where they come from.
 
 python launch/replay.py runs/NAME/faults/step-N [--device cpu|cuda] [--precision fp32|bf16|fp16] [--json]
+        [--trust-components]
 
 The data set is not needed. The exit status is 1 if the step fails again, 0 if it does not, 2 if it cannot be repeated.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 from gcahng.training.launched import require_one_process
 from gcahng.training.replay import Replayed, replay
+from launch.checkpoints import add_trust_option
 from launch.cli import run
 
 LISTED = 10
@@ -27,6 +29,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the run's, the CPU where there is no CUDA")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: the run's")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_trust_option(parser)
     return parser.parse_args(arguments)
 
 
@@ -64,7 +67,12 @@ def main() -> int:
     """Run the command; returns the exit status."""
     options = parse()
     require_one_process("launch/replay.py")
-    found = replay(options.dump, device=options.device, precision=options.precision)
+    found = replay(
+        options.dump,
+        device=options.device,
+        precision=options.precision,
+        trust_components=options.trust_components,
+    )
     print(as_json(found) if options.json else text(found))
     return int(found.reproduced)
 

@@ -1,7 +1,7 @@
 """Write the report of runs: one page that needs no network, and its pictures as PNGs.
 
 `python launch/report.py RUN [RUN ...] [--out DIR] [--names NAME [NAME ...]] [--no-embeddings]
-[--queries N]`
+[--queries N] [--trust-components]`
 """
 
 import argparse
@@ -10,6 +10,7 @@ from pathlib import Path
 from gcahng.report.build import build_report, check_installed, default_folder, read_runs
 from gcahng.report.gallery import NUM_QUERIES
 from gcahng.training.launched import require_one_process
+from launch.checkpoints import add_trust_option
 from launch.cli import run
 
 
@@ -33,6 +34,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="show so many of the worst queries, and of those on which two runs differ (default: %(default)s)",
     )
+    add_trust_option(parser)
     return parser.parse_args(arguments)
 
 
@@ -41,7 +43,7 @@ def main() -> int:
     options = parse()
     require_one_process("launch/report.py")
     check_installed()
-    runs = read_runs(options.runs, options.names)
+    runs = read_runs(options.runs, options.names, trust_components=options.trust_components)
     out_dir = options.out or default_folder(options.runs)
     print(build_report(runs, out_dir, embeddings=not options.no_embeddings, num_queries=options.queries))
     return 0

@@ -4,7 +4,7 @@
 
 INDEX is a folder of launch/embed.py, or a file of embeddings (.npz, .parquet) with --checkpoint; IMAGE a JPEG, PNG or
 WebP file, or a folder of them. The images go through the model that made the index, from the checkpoint that it names.
-Where the model of that one is code from outside this library, it is run only if --checkpoint names it, too.
+Where the model of that one is code from outside this library, it is run only with --trust-components.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from gcahng.training.canvas import require_matplotlib
 from gcahng.training.evaluation_report import write_json
 from gcahng.training.launched import require_one_process
 from gcahng.training.output_files import check_output
+from launch.checkpoints import add_trust_option
 from launch.cli import run
 
 FOUND = 10
@@ -67,6 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="section.key=value", help="setting of the model; repeatable"
     )
+    add_trust_option(parser)
     return parser.parse_args(arguments)
 
 
@@ -129,7 +131,9 @@ def main() -> int:
     if not 1 <= k <= store.count:
         raise ConfigError(f"`--k` must be from 1 to the {store.count} images of {options.index}, got {k}.")
     files = image_files(options.images)
-    model, settings = load_query_model(store.info, options.checkpoint, options.set)
+    model, settings = load_query_model(
+        store.info, options.checkpoint, options.set, trust_components=options.trust_components
+    )
     embeddings = embed_files(model, files, settings)
     record: dict[str, Any] = {"index": str(options.index), "k": k}
     notes = []

@@ -137,7 +137,7 @@ def _name_and_folder(text: str) -> tuple[str, str]:
 def _run(collected: list[Collected], command: list[str], limit: int | None) -> int:
     runs = missing_runs(collected)[:limit]
     failed = run_missing(runs, command, lambda line: print(line, flush=True))
-    print(f"{len(runs)} missing runs, {len(failed)} failed" if runs else "nothing is missing")
+    print(f"{len(runs)} missing runs, {len(failed)} failed or interrupted" if runs else "nothing is missing")
     return 1 if failed else 0
 
 

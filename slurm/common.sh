@@ -119,9 +119,17 @@ try:
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     if (marker["slurm_job"], marker["slurm_restarts"]) == (os.environ["SLURM_JOB_ID"], restarts):
         print(marker["step"])
-except (OSError, ValueError, KeyError):
+except (OSError, ValueError, KeyError, TypeError):
     pass
 ' "$1"
+}
+
+# Whether SLURM would let this job go on, or ended it for its time limit alone: not if somebody has cancelled it, which
+# signals the processes as well, or has requeued it already.
+is_wanted() {
+    local facts
+    facts="$(scontrol show job "$job")" || return 0
+    [[ "$facts" == *JobState=RUNNING* || "$facts" == *Reason=TimeLimit* ]]
 }
 
 # End a job that has trained: back into the queue if it was interrupted, else with srun's status.  end_job RUN_DIR STATUS
@@ -131,6 +139,10 @@ end_job() {
     # 128 + SIGUSR1 or SIGTERM: the launcher was ended before it could start anything.
     [[ -z "$step" && ("$status" -eq 138 || "$status" -eq 143) ]] && step="nothing"
     [[ -z "$step" ]] && exit "$status"
+    if ! is_wanted; then
+        echo "job $job: interrupted at step $step; it was cancelled or requeued by somebody else, and is left to that"
+        exit "$((status > 0 ? status : 75))"
+    fi
     # A job that gets no further would come back for ever.
     local history="$run_dir/slurm/$SLURM_JOB_ID.requeued"
     touch "$history"

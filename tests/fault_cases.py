@@ -196,8 +196,13 @@ def over_ranks(ranks: Ranks, shards: Path, folder: Path, kinds: tuple[str, ...])
     return found
 
 
-def dumped_over_ranks(ranks: Ranks, shards: Path, folder: Path) -> tuple[list[str], dict[str, Tensor], dict[str, Any]]:
-    """A run of several ranks whose last one meets a bad image; keys and tensors from before it, and its batch."""
+def dumped_over_ranks(
+    ranks: Ranks, shards: Path, folder: Path
+) -> tuple[list[str], dict[str, Tensor], dict[str, Any], bool]:
+    """A run of several ranks whose last one meets a bad image; keys and tensors from before it, and its batch.
+
+    And whether a later dump was there as soon as this rank went on.
+    """
     with launched_as("ddp", ranks) as launched:
         run = Driven.of(shards, folder, {"health.keep_dumps": 5}, launched, last_rank_alone=True)
         run.train({0: None})
@@ -205,8 +210,9 @@ def dumped_over_ranks(ranks: Ranks, shards: Path, folder: Path) -> tuple[list[st
         run.train({1: "features"})
         batch = list(run.trainer.loader.epoch_iterator(0))[1]
         run.train({2: "generation gradient"})
+        written = (folder / "faults" / "step-2").is_dir()
         rows = run.trainer.steps._rows_of_all(batch.rows)
         keys = [run.trainer.data.shards.key(int(row)) for row in rows]
         images = torch.cat([part.unflatten(0, (2, -1)) for part in ranks.all_of(batch.images)], 1).flatten(0, 1)
         run.trainer.close()
-        return keys, before, {"images": images}
+        return keys, before, {"images": images}, written

@@ -36,6 +36,28 @@ EVIL: tuple[Any, ...] = (
     *("-1", "1e9", "true", "step-0", "<script>", "$(id)", "0" * 64, "f" * 64),
     *([], {}, [[]], [None], {"": {}}, [0] * 300, {"a": [{"b": [{}]}]}, ["x"] * 3),
 )
+_NAMES = list(zip("abcdefgh", "bcdefghi", strict=True))
+YAML_BOMBS = (
+    "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in _NAMES),
+    "a: &a {x: 1}\n" + "".join(f"{c}: &{c} {{<<: [{','.join(['*' + p] * 9)}], y{c}: 1}}\n" for p, c in _NAMES),
+    "model:\n  backbone_args:\n    a: &a [x, x, x, x, x, x, x, x, x]\n"
+    + "".join(f"    {c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in _NAMES),
+    "model: &m {backbone_args: *m}\n",
+    "&a [*a]\n",
+    "seed: !!python/object/apply:os.system [exit]\n",
+    "seed: !!bool maybe\n",
+    "seed: !!int ''\n",
+    "seed: !!timestamp x\n",
+    "seed: 2024-13-01\n",
+    "seed: 0001-01-01T00:00:00+23:59\n",
+    "seed: " + "1:" * 3000 + "1\n",
+    "seed: " + "1:" * 3000 + "1.5\n",
+    "seed: " + "9" * 5000 + "\n",
+    "seed: " + "[" * 5000,
+    "? [a, b]\n: c\n",
+    "\ufeffseed: 1\n",
+    "a: " + "b" * 500_000,
+)
 
 
 @dataclass

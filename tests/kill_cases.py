@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -58,6 +59,8 @@ class Deaths:
         self.met: dict[str, int] = {}
 
     def come_to(self, place: str, last_act: Callable[[], Any] = lambda: None) -> None:
+        if threading.current_thread().name == "heartbeat":
+            return  # how often it writes depends on the clock
         self.met[place] = self.met.get(place, 0) + 1
         if (self._death.place, self._death.when) == (place, self.met[place]):
             with suppress(Exception):

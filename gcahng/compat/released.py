@@ -147,7 +147,7 @@ def export_released(path: Path, file: Path) -> list[str]:
         raise ConfigError(f"`--out` {file}: expected a name that ends in .pth or .pt. Rename it.")
     folder = checkpoint.find_checkpoint(path)
     checkpoint.verify(folder)
-    saved = sorted(tensor_file.stem for tensor_file in folder.glob("*.safetensors"))
+    saved = sorted({file.stem for file in folder.glob("*.safetensors")} - {checkpoint.RANKS})
     parts = {part: checkpoint.read_tensors(folder, part) for part in saved if part != UNUSED}
     about = checkpoint.read_state(folder).get(checkpoint.RELEASED)
     config = load_config(folder / checkpoint.CONFIG)

@@ -68,7 +68,14 @@ class Exported:
     notes: list[str]
 
 
-def export_checkpoint(path: Path, output: Path, settings: ExportSettings, overrides: Sequence[str] = ()) -> Exported:
+def export_checkpoint(
+    path: Path,
+    output: Path,
+    settings: ExportSettings,
+    overrides: Sequence[str] = (),
+    *,
+    trust_components: bool = False,
+) -> Exported:
     """Write the metric model of a checkpoint for other programs; the file appears when it is whole and checked.
 
     The model runs in evaluation mode and float32, whatever precision it was trained in. The file is opened again by
@@ -80,15 +87,16 @@ def export_checkpoint(path: Path, output: Path, settings: ExportSettings, overri
         output: File to write.
         settings: What is exported.
         overrides: `section.key=value`, for example another data.dir.
+        trust_components: See `load_metric_model`.
     Raises:
-        ConfigError: There is no checkpoint, or it does not fit.
+        ConfigError: There is no checkpoint, it does not fit, or it needs `trust_components`.
         DataError: The checkpoint is damaged.
         InputError: The file cannot be written, the backbone cannot be exported or refuses the image size, or the file
             differs from the model.
     """
     check_target(output, settings)
     require_packages(settings.format)
-    embedder, config = load_metric_model(path, [*overrides, "train.device=cpu"])
+    embedder, config = load_metric_model(path, [*overrides, "train.device=cpu"], trust_components=trust_components)
     transform = _transform(image_transform(config.data.transform), settings.image_size)
     model = ExportedModel(embedder, transform, preprocess=settings.preprocess, l2_normalise=settings.l2_normalise)
     noise = random_images(transform.eval_crop)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gcahng.errors import ConfigError
+from gcahng.models.torch_file import read_torch_file
 
 _LOG = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def read_state_dict(path: Path, named_by: str = "model.weights") -> tuple[dict[s
     try:
         if path.suffix == ".safetensors":
             return load_file(path), []
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_torch_file(path)
     except SafetensorError as error:
         raise ConfigError(f"Weight file `{path}` is no whole safetensors file: {error}. Fetch it again.") from error
     except pickle.UnpicklingError as error:

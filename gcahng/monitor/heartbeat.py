@@ -76,7 +76,7 @@ class Heartbeat:
             partial.replace(self._path)
         except OSError as error:
             if not self._refused:
-                log.warning("%s cannot be written (%s): launch/status.py will not know. ", self._path, error)
+                log.warning("%s cannot be written (%s): launch/status.py will not know.", self._path, error)
             self._refused = True
 
 

@@ -4,18 +4,18 @@ What the run itself says in `status.json` counts; runs of versions without it ar
 Nothing here loads a tensor, and no file is read as a whole that grows with the run.
 """
 
-import json
 import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from gcahng.errors import ConfigError
 from gcahng.monitor.heartbeat import BEAT_SECONDS, STATUS_FILE
 from gcahng.monitor.process_facts import lives
+from gcahng.monitor.run_files import is_of, parse_json, read_json, read_yaml
 
 # The files of a run, as gcahng.training writes them.
 CONFIG, METRICS, RESULTS, MARKER, FAULTS = "config.yaml", "metrics.jsonl", "results.json", "PREEMPTED", "faults"
@@ -138,7 +138,12 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
 def read_status(run: Path) -> RunStatus:
     """Where a run stands; `run` is one of `find_runs`. A file that is damaged or missing is a warning, no error."""
     try:
-        return _read(run)
+        status = _read(run)
+        for entry in fields(status):
+            value = getattr(status, entry.name)
+            if not is_of(value, entry.type):
+                raise TypeError(f"{entry.name} is {value!r:.80}")
+        return status
     except (OSError, TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
         fault = f"its files cannot be understood ({type(error).__name__}: {error})"
         return RunStatus(str(run), state=UNREADABLE, warnings=[fault])
@@ -231,7 +236,7 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in lines[size > _TAIL_BYTES :]:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
@@ -259,9 +264,9 @@ def _take_pace(status: RunStatus, facts: Mapping[str, Any]) -> None:
         status.images_per_second = facts["images_per_step"] / seconds
     if status.planned_steps is not None and status.epochs is not None:
         every = facts.get("evaluate_every_epochs") or math.inf
-        coming = sum(
-            epoch % every == 0 or epoch == status.epochs for epoch in range(status.epoch + 1, status.epochs + 1)
-        )
+        # Every so many epochs, and after the last one.
+        coming = status.epochs // every - status.epoch // every
+        coming += status.epochs > status.epoch and status.epochs % every != 0
         left = max(0, status.planned_steps - status.step)
         status.seconds_left = left * seconds + coming * facts.get("evaluation_seconds", 0.0)
 
@@ -280,7 +285,7 @@ def _newest_checkpoint(run: Path, now: float, warnings: list[str]) -> tuple[str 
     """Name and age of the newest checkpoint whose files have the sizes that its manifest says."""
     for folder in reversed(_checkpoints(run)):
         try:
-            listing = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            listing = read_json(folder / MANIFEST)
             wrong = [name for name, entry in listing.items() if (folder / name).stat().st_size != entry["bytes"]]
             changed = (folder / MANIFEST).stat().st_mtime
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -298,7 +303,7 @@ def _warnings(run: Path, status: RunStatus, beat: Mapping[str, Any]) -> list[str
     if (run / MARKER).is_file() and status.state == INTERRUPTED:
         found.append(f"{MARKER}: asked to end and saved; go on with train.resume=auto")
     found += [f"{folder.name}: was set aside as damaged" for folder in sorted(run.glob(f"step-*{DAMAGED}"))]
-    if (run / FAULTS).is_dir() and (dumps := sum(1 for _ in (run / FAULTS).iterdir())):
+    if dumps := sum(folder.suffix == "" for folder in (run / FAULTS).glob("step-*")):  # not those half written
         found.append(f"{FAULTS}/: {dumps} dumped {'step' if dumps == 1 else 'steps'}, see launch/replay.py")
     if beat.get("save_error"):
         found.append(f"the last save failed: {beat['save_error']}")
@@ -316,7 +321,7 @@ def _warnings(run: Path, status: RunStatus, beat: Mapping[str, Any]) -> list[str
 def _json(path: Path, warnings: list[str]) -> dict[str, Any]:
     """A JSON object; empty where there is none, with a warning where it cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -326,13 +331,9 @@ def _json(path: Path, warnings: list[str]) -> dict[str, Any]:
 
 
 def _yaml(path: Path, warnings: list[str]) -> dict[str, Any]:
-    import yaml
-
-    # The loader of `yaml.safe_load`, in C where there is one: folders may hold many runs.
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        found = loader(path.read_text(encoding="utf-8")).get_single_data()
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        warnings.append(f"{path.name} cannot be read ({type(error).__name__})")
+        found = read_yaml(path)
+    except Exception as error:  # beside ValueError: what PyYAML lets out of dates, `!!bool x` and others
+        warnings.append(f"{path.name} cannot be read ({error!s:.200})")
         return {}
     return found if isinstance(found, dict) else {}

@@ -144,6 +144,12 @@ _OF_RUN = (
         "sphere, 0 in one point.",
     ),
     Spec("gcahng_effective_rank", "gauge", "dimensions", "Directions that the batch's embeddings fill."),
+    Spec(
+        "gcahng_class_directions",
+        "gauge",
+        "dimensions",
+        "Directions that the classes of a batch can span: min(P - 1, D).",
+    ),
     Spec("gcahng_active_synthetic_ratio", "gauge", "share", "Share of synthetic negatives with weight in their loss."),
     Spec("gcahng_mean_positive_distance", "gauge", "none", "Mean distance of anchors to their positives."),
     Spec("gcahng_mean_negative_distance", "gauge", "none", "Mean distance of anchors to their negatives."),

@@ -1,5 +1,6 @@
 """A run's status as text for the terminal."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ _HEADINGS = ("run", "state", "epoch", "step", "s/step", "left", "loss", "R@1", "
 
 def duration(seconds: float | None) -> str:
     """For instance 1 h 20 min; two units at most."""
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return "?"
     left = max(0.0, seconds)
     parts: list[str] = []
@@ -44,7 +45,7 @@ def block(status: RunStatus) -> str:
 
 def table(found: Sequence[RunStatus]) -> str:
     """One line for each run."""
-    return _aligned([_HEADINGS, *(_line(status) for status in found)])
+    return _aligned([_HEADINGS, *(tuple(map(printable, _line(status))) for status in found)])
 
 
 def _state(status: RunStatus) -> str:
@@ -85,7 +86,7 @@ def _evaluation(row: dict[str, Any]) -> str:
 def _line(status: RunStatus) -> tuple[str, ...]:
     row = status.last.get("test", {})
     return (
-        printable(status.run),
+        status.run,
         status.activity if status.state == RUNNING and status.activity else status.state,
         _of(status.epoch, status.epochs),
         _of(status.step, status.planned_steps),

@@ -54,12 +54,15 @@ def check_installed() -> None:
         )
 
 
-def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> list[RunData]:
+def read_runs(
+    folders: Sequence[Path], names: Sequence[str] | None = None, *, trust_components: bool = False
+) -> list[RunData]:
     """Read run folders.
 
     Args:
         folders: At least one.
         names: One per folder; None takes as much of each folder's path as tells them apart.
+        trust_components: See `RunData`.
     Raises:
         ConfigError: A folder is no run or stands twice, or the names are not one for each and all different.
     """
@@ -74,7 +77,9 @@ def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> li
             f"`--names` must hold one name per run, all different, none empty: expected {len(folders)}, got "
             f"{len(names)} ({', '.join(map(repr, names))})."
         )
-    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    return [
+        read_run(folder, name, trust_components=trust_components) for folder, name in zip(folders, names, strict=True)
+    ]
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

@@ -214,7 +214,7 @@ def embed_run(run: RunData, num_neighbours: int = NUM_NEIGHBOURS) -> EmbeddedRun
     config = run.config
     shards = ShardSet.open(config.data.dir, store=data_store(config.data))
     check_evaluation(shards, config.eval)
-    model, _ = load_metric_model(run.checkpoint, ["train.device=auto"])
+    model, _ = load_metric_model(run.checkpoint, ["train.device=auto"], trust_components=run.trust_components)
     settings = embedding_settings(config, device=next(model.parameters()).device)
 
     def embedded(split: str) -> ImageSet:

@@ -1,6 +1,5 @@
 """What a report reads of a run folder."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from gcahng.errors import ConfigError
 from gcahng.training import checkpoint
+from gcahng.training.checkpoint_files import read_object
 from gcahng.training.config import Config, load_config
 from gcahng.training.run_log import HARDNESS_FILE, METRICS_FILE, read_rows
 
@@ -23,6 +23,7 @@ class RunData:
         rows: All rows of `metrics.jsonl`.
         hardness: All rows of `hardness.jsonl`, see `gcahng.training.hardness`; empty where none was recorded.
         results: `results.json`; None where the run is not finished.
+        trust_components: Run code from outside this library, if the configuration names some.
     """
 
     folder: Path
@@ -31,6 +32,7 @@ class RunData:
     rows: list[dict[str, Any]]
     hardness: list[dict[str, Any]]
     results: dict[str, Any] | None
+    trust_components: bool = False
 
     @cached_property
     def checkpoint(self) -> Path | None:
@@ -43,14 +45,16 @@ class RunData:
         return [row for row in self.rows if row.get("kind") == kind]
 
 
-def read_run(folder: Path, name: str) -> RunData:
+def read_run(folder: Path, name: str, *, trust_components: bool = False) -> RunData:
     """Read a run folder.
 
     Args:
         folder: Run folder.
         name: Shown in the report.
+        trust_components: See `RunData`.
     Raises:
         ConfigError: It is no run folder, or its configuration cannot be used.
+        DataError: Its results are damaged.
     """
     config_file = folder / checkpoint.CONFIG
     if not config_file.is_file():
@@ -65,5 +69,6 @@ def read_run(folder: Path, name: str) -> RunData:
         config=load_config(config_file),
         rows=read_rows(folder / METRICS_FILE),
         hardness=read_rows(folder / HARDNESS_FILE),
-        results=json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None,
+        results=read_object(results) if results.is_file() else None,
+        trust_components=trust_components,
     )

@@ -33,6 +33,7 @@ from gcahng.training.evaluate_checkpoint import embedding_settings, load_metric_
 from gcahng.training.evaluation import embed_rows
 from gcahng.training.parts import module_makers
 from gcahng.training.step import METRIC
+from gcahng.training.trusted import check_components
 
 # The table of coefficients has B * B * D numbers.
 MOST_IMAGES = 128
@@ -87,9 +88,10 @@ def training_batch(run: RunData) -> NDArray[np.int64]:
     Of a batch of more than 128 images the first classes are taken.
 
     Raises:
-        InputError: There is no checkpoint, or the data set cannot be read.
+        InputError: There is no checkpoint, it needs `trust_components`, or the data set cannot be read.
     """
     saved = _Saved.of(run)
+    check_components(saved.config, run.folder, trusted=run.trust_components, whole=True)
     batch = saved.config.batch
     plan = make_plan(
         open_data(saved.config).table,
@@ -122,7 +124,7 @@ def synthetic_negatives(run: RunData, rows: NDArray[np.int64]) -> SyntheticNegat
     config, state = saved.config, saved.state
     if not config.generation.enabled:
         raise ConfigError(f"`{run.folder}` makes no synthetic negatives: expected a run with generation.enabled.")
-    model, _ = load_metric_model(saved.folder, ["train.device=auto"])
+    model, _ = load_metric_model(saved.folder, ["train.device=auto"], trust_components=run.trust_components)
     settings = embedding_settings(config, device=next(model.parameters()).device)
     shards = ShardSet.open(config.data.dir, store=data_store(config.data))
     layout = group_major(torch.from_numpy(shards.class_ids(rows)))

@@ -49,6 +49,7 @@ def embed_checkpoint(
     label_field: str | None = None,
     labelled: bool = True,
     progress_bars: bool = False,
+    trust_components: bool = False,
 ) -> IndexInfo | None:
     """Embed a split of a shard folder, or plain tars, by a checkpoint; every rank calls this.
 
@@ -62,6 +63,7 @@ def embed_checkpoint(
         label_field: Field of the tars' `.json` that holds the class.
         labelled: False looks for no labels in the tars: all are 0.
         progress_bars: Show a bar, of what this rank embeds.
+        trust_components: See `load_metric_model`.
     Returns:
         What `index.json` says, on rank 0.
     Raises:
@@ -72,7 +74,7 @@ def embed_checkpoint(
 
     def read() -> tuple[Embedder, ImageParts, EmbeddingSettings, dict[str, Any]]:
         target.check()
-        model, config = load_metric_model(path, overrides, device=started.device)
+        model, config = load_metric_model(path, overrides, device=started.device, trust_components=trust_components)
         settings = embedding_settings(config, device=started.device, progress_bars=progress_bars and ranks.first)
         images: ImageParts
         if tars is not None:

@@ -18,14 +18,13 @@ from gcahng.metrics import checks
 from gcahng.metrics.nearest import nearest_items, padded_items
 from gcahng.metrics.unit_vectors import unit_vectors
 from gcahng.models import Embedder
-from gcahng.models.build import needs_no_trust
 from gcahng.search.approximate import ApproximateIndex
 from gcahng.search.embed import checkpoint_identity
 from gcahng.search.index_info import IndexInfo
 from gcahng.search.store import BLOCK_BYTES, EmbeddingStore, StoredRow
 from gcahng.training import checkpoint
 from gcahng.training.embedding import EmbeddingSettings, embed_batch, evaluating
-from gcahng.training.evaluate_checkpoint import embedding_settings, evaluation_config, load_metric_model
+from gcahng.training.evaluate_checkpoint import embedding_settings, load_metric_model
 
 _WORKING_MB = 256
 
@@ -89,17 +88,17 @@ def read_image(file: Path) -> Image.Image:
 
 
 def load_query_model(
-    info: IndexInfo | None, path: Path | None = None, overrides: Sequence[str] = ()
+    info: IndexInfo | None, path: Path | None = None, overrides: Sequence[str] = (), *, trust_components: bool = False
 ) -> tuple[Embedder, EmbeddingSettings]:
     """The model that made an index, with the transform that it was made with.
 
     Args:
         info: Of the index; None of a file that does not say what made it.
-        path: Checkpoint folder, a link to one, or a file inside; by default the one that the index names, unless its
-            model is code from outside this library: an index, which may be somebody else's, makes nobody run code.
+        path: Checkpoint folder, a link to one, or a file inside; by default the one that the index names.
         overrides: `section.key=value`, for example `train.device=cpu`.
+        trust_components: See `load_metric_model`.
     Raises:
-        ConfigError: There is no checkpoint, it is not the one that made the index, or it must be named to be used.
+        ConfigError: There is no checkpoint, it is not the one that made the index, or it needs `trust_components`.
         DataError: The checkpoint is damaged.
     """
     if path is None:
@@ -108,9 +107,8 @@ def load_query_model(
         path = Path(info.checkpoint["path"])
         if not path.exists():
             raise ConfigError(f"The index was made by {path}, which is not there. Name the checkpoint (--checkpoint).")
-        _check_needs_no_trust(path)
     folder = checkpoint.find_checkpoint(path)
-    model, config = load_metric_model(path, overrides)
+    model, config = load_metric_model(path, overrides, trust_components=trust_components)
     settings = embedding_settings(config)
     if info is None:
         return model, settings
@@ -126,18 +124,6 @@ def load_query_model(
         return model, replace(settings, transform=TransformSettings(**(transform or {})))
     except TypeError as error:
         raise DataError(f"The index names an impossible transform ({error}). Make it again.") from None
-
-
-def _check_needs_no_trust(path: Path) -> None:
-    """Ask for a word of the user before code runs that a file chose."""
-    folder = checkpoint.find_checkpoint(path)
-    model = evaluation_config(folder).model
-    if not needs_no_trust(model.backbone, model.backbone_args):
-        raise ConfigError(
-            f"The index was made by {folder}, whose model is code from outside this library or opens files: "
-            f"`model.backbone` {model.backbone!r}, `model.backbone_args` {model.backbone_args!r:.200}. If you trust "
-            f"that checkpoint, name it: --checkpoint {folder}"
-        )
 
 
 def embed_files(model: Embedder, files: Sequence[Path], settings: EmbeddingSettings) -> Tensor:

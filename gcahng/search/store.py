@@ -357,6 +357,7 @@ class _ParquetFile:
         """Columns of a row group."""
         try:
             table = self._file.read_row_group(group, columns=columns)
+            table.validate(full=True)  # texts that are none, offsets that lead elsewhere
         except (OSError, ValueError, self._error) as error:
             raise DataError(f"{self._path}: row group {group} is damaged ({error!s:.200}). {_REPAIR}") from None
         size = int(self._ends[group] - (self._ends[group - 1] if group else 0))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from gcahng.errors import ConfigError
 from gcahng.tables.collect import Collected
@@ -15,6 +16,7 @@ from gcahng.tables.found_runs import FoundRun, NoResult, log_file, read_evaluati
 from gcahng.tables.plan import PlannedRun
 from gcahng.training.checkpoint import CONFIG
 from gcahng.training.config import load_config
+from gcahng.training.interruption import INTERRUPTED_STATUS, MARKER
 
 TAIL_LINES = 15
 
@@ -56,20 +58,23 @@ def run_missing(runs: Sequence[MissingRun], command: Sequence[str], say: Callabl
         command: The launcher and the training script.
         say: Prints a line.
     Returns:
-        Those that failed.
+        Those that failed or were interrupted.
     Raises:
-        ConfigError: The launcher cannot be started.
+        ConfigError: The launcher cannot be started, or a log not be written.
     """
     failed = []
     for number, missing in enumerate(runs, 1):
         folder = missing.run.folder
         say(f"[{number}/{len(runs)}] {', '.join(missing.titles)}, seed {missing.run.seed} -> {folder}")
-        started = time.monotonic()
+        started, left = time.monotonic(), _marker(folder)
         status = _run(missing.run, command)
         if status is None:
             say("  another process runs it: left to that one")
         elif status == 0:
             say(f"  done in {time.monotonic() - started:.0f} s: {_outcome(folder)}")
+        elif status == INTERRUPTED_STATUS or _marker(folder) not in (None, left):  # launchers make 1 of it
+            failed.append(missing)
+            say("  INTERRUPTED by a signal: the next start goes on with it")
         else:
             failed.append(missing)
             log = log_file(folder)
@@ -80,9 +85,8 @@ def run_missing(runs: Sequence[MissingRun], command: Sequence[str], say: Callabl
 
 def _run(run: PlannedRun, command: Sequence[str]) -> int | None:
     """Exit status; None where another process holds the run."""
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
     # The log is the lock: the training process inherits it, and holds it even where this process is killed.
-    with open(log_file(run.folder), "ab") as log:
+    with _opened(log_file(run.folder)) as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -96,6 +100,25 @@ def _run(run: PlannedRun, command: Sequence[str]) -> int | None:
                 f"--launcher cannot be started: `{command[0]}`, {error.strerror}. Name a command, for example "
                 '"accelerate launch --num_processes 2".'
             ) from error
+
+
+def _opened(log: Path) -> BinaryIO:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return open(log, "ab")
+    except OSError as error:
+        raise ConfigError(
+            f"The log of a run goes to {log}, which cannot be written ({error.strerror}): expected a file, or nothing "
+            "there. Move away what stands there, or choose another --out."
+        ) from error
+
+
+def _marker(folder: Path) -> int | None:
+    """When (ns) a signal ended the run of a folder last; None if it has gone on since, or was never interrupted."""
+    try:
+        return (folder / MARKER).stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _environment(command: Sequence[str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from gcahng.tables.collect import Collected
 from gcahng.tables.found_runs import TIMING_FILE
 from gcahng.training.data_setup import data_store
 from gcahng.training.embedding import embed_batch, evaluating
-from gcahng.training.evaluate_checkpoint import embedding_settings, load_metric_model
+from gcahng.training.evaluate_checkpoint import embedding_settings, evaluation_config, load_metric_model
 
 NUM_BATCHES = 30
 WARM_UP = 3
@@ -50,24 +50,29 @@ def time_runs(tables: Sequence[Collected], num_batches: int, say: Callable[[str]
         assert cell.config is not None
         # Where the data lies now, and the device that is here.
         overrides = [f"data.dir={json.dumps(cell.config.data.dir)}", f"train.device={cell.config.train.device}"]
-        row = inference_seconds(folder, overrides, num_batches)
+        # The table's own configuration is the user's word for what it names.
+        trusted = evaluation_config(folder / "last").model == cell.config.model
+        row = inference_seconds(folder, overrides, num_batches, trust_components=trusted)
         (folder / TIMING_FILE).write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
         say("{}: {seconds_per_batch:.4f} s per batch of {batch_size} on {device}".format(folder, **row))
 
 
-def inference_seconds(folder: Path, overrides: Sequence[str], num_batches: int) -> dict[str, Any]:
+def inference_seconds(
+    folder: Path, overrides: Sequence[str], num_batches: int, *, trust_components: bool = False
+) -> dict[str, Any]:
     """Time a run's metric model on batches of its test images.
 
     Args:
         folder: Run folder with a checkpoint `last`.
         overrides: `section.key=value`.
         num_batches: Batches that are timed.
+        trust_components: See `load_metric_model`.
     Returns:
         `seconds_per_batch` (median), `batch_size`, `batches`, `device`.
     Raises:
         InputError: The checkpoint or the data cannot be read, or the split has fewer images than a batch.
     """
-    model, config = load_metric_model(folder / "last", overrides)
+    model, config = load_metric_model(folder / "last", overrides, trust_components=trust_components)
     settings = embedding_settings(config)
     size = config.batch.num_classes * config.batch.num_samples
     shards = ShardSet.open(config.data.dir, store=data_store(config.data))

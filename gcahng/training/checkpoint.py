@@ -134,7 +134,7 @@ def prune(run_dir: Path, keep_last: int) -> None:
             gone = folder.with_name(folder.name.removesuffix(REPLACED) + PARTIAL)
             shutil.rmtree(gone, ignore_errors=True)
             folder.rename(gone)
-            shutil.rmtree(gone)
+            shutil.rmtree(gone, ignore_errors=True)  # NFS keeps what a reader holds open; the checkpoint is saved
 
 
 def clear_run(run_dir: Path) -> None:
@@ -172,7 +172,11 @@ def verify(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             raise DataError(f"Checkpoint {folder} lacks {name}. Use another checkpoint.")
-        if file.stat().st_size != size or _sha256(file) != digest:
+        try:
+            whole = file.stat().st_size == size and _sha256(file) == digest
+        except OSError as error:
+            raise DataError(f"Checkpoint file {file} is unreadable ({error}). Use another checkpoint.") from error
+        if not whole:
             raise DataError(
                 f"Checkpoint file {file} is damaged: expected {size} bytes with sha256 {digest[:12]}..., "
                 f"got {file.stat().st_size} bytes. Use another checkpoint."

@@ -5,12 +5,12 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from gcahng.errors import DataError
+from gcahng.models.torch_file import read_torch_file
 
 _USE_ANOTHER = "Use another checkpoint."
 _MAX_JSON_BYTES = 1 << 28
@@ -75,7 +75,7 @@ def read_optimizer_file(file: Path) -> dict[str, Any]:
         DataError: The file is damaged, or holds other things.
     """
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = read_torch_file(file)
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{file} holds more than tensors and plain values, or is damaged: it is not read, since that could run "

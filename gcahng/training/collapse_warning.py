@@ -12,7 +12,7 @@ from gcahng.training.progress import Progress
 
 # Of embeddings on a uniform sphere 1; docs/health.md has measured runs.
 SMALLEST_STD = 0.1
-# Of the directions that the classes of a batch can span: P - 1, at most D.
+# Of the directions that the classes of a batch can span; ops/alerts.yml has the same numbers.
 SMALLEST_RANK_SHARE = 0.1
 # A fresh model may begin anywhere: only steps behind these count, and so many logged ones in a row.
 FIRST_STEP = 50
@@ -30,11 +30,16 @@ class _Signal:
     meaning: str
 
 
+def class_directions(config: Config) -> int:
+    """How many directions the classes of a batch can span: P - 1, at most D."""
+    return min(config.batch.num_classes - 1, config.model.embedding_dim)
+
+
 class CollapseWarning(RunObserver):
     """Warns once, on rank 0, when a signal stays under its threshold and does not rise."""
 
     def __init__(self, config: Config) -> None:
-        directions = min(config.batch.num_classes - 1, config.model.embedding_dim)
+        directions = class_directions(config)
         self._signals = (
             _Signal("embedding_std", SMALLEST_STD, "all embeddings point nearly the same way (1: a uniform sphere)"),
             _Signal(

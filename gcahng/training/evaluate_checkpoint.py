@@ -13,6 +13,7 @@ import torch
 from gcahng.data.shards.reader import ShardSet
 from gcahng.distributed import ONE, Ranks
 from gcahng.distributed.agreement import agreed, check_same
+from gcahng.errors import ConfigError
 from gcahng.models import Embedder
 from gcahng.training import checkpoint
 from gcahng.training.config import Config, load_config, resolved_yaml
@@ -28,6 +29,7 @@ from gcahng.training.evaluation import (
 )
 from gcahng.training.launched import Launched
 from gcahng.training.parts import build_metric_model, choose_device
+from gcahng.training.trusted import check_components
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +52,15 @@ class SavedModel(Protocol):
 
 @dataclass(frozen=True)
 class CheckpointModel:
-    """The metric model of a checkpoint: a folder, a link to one, or a file inside."""
+    """The metric model of a checkpoint: a folder, a link to one, or a file inside.
+
+    Attributes:
+        path: Of the checkpoint.
+        trust_components: See `load_metric_model`.
+    """
 
     path: Path
+    trust_components: bool = False
 
     def config(self, overrides: Sequence[str]) -> Config:
         """See `evaluation_config`."""
@@ -60,7 +68,7 @@ class CheckpointModel:
 
     def load(self, overrides: Sequence[str], device: torch.device) -> tuple[Embedder, Config]:
         """See `load_metric_model`."""
-        return load_metric_model(self.path, overrides, device=device)
+        return load_metric_model(self.path, overrides, device=device, trust_components=self.trust_components)
 
     def digest(self) -> str:
         """Of its manifest, which holds the checksums of all files."""
@@ -76,7 +84,11 @@ class CheckpointModel:
 
 
 def load_metric_model(
-    path: Path, overrides: Sequence[str] = (), *, device: torch.device | None = None
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    device: torch.device | None = None,
+    trust_components: bool = False,
 ) -> tuple[Embedder, Config]:
     """The metric model of a checkpoint and the configuration it was trained with.
 
@@ -84,13 +96,15 @@ def load_metric_model(
         path: Checkpoint folder, a link to one, or a file inside.
         overrides: `section.key=value`, for example another data.dir.
         device: Where to put it; by default where `train.device` says.
+        trust_components: Run a backbone from outside this library, if its configuration names one.
     Raises:
-        ConfigError: There is no checkpoint, or it does not fit.
+        ConfigError: There is no checkpoint, it does not fit, or it needs `trust_components`.
         DataError: The checkpoint is damaged.
     """
     folder = checkpoint.find_checkpoint(path)
     checkpoint.verify(folder)
     config = evaluation_config(folder, overrides)
+    check_components(config, folder, trusted=trust_components)
     model = build_metric_model(config.model, load_weights=False)
     checkpoint.load_module(model, folder, "metric_model")
     return model.to(choose_device(config.train.device) if device is None else device).eval(), config
@@ -102,7 +116,10 @@ def evaluation_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: There is no checkpoint, or a setting is impossible.
     """
-    return embedding_config(checkpoint.find_checkpoint(path) / checkpoint.CONFIG, overrides)
+    file = checkpoint.find_checkpoint(path) / checkpoint.CONFIG
+    if not file.is_file():  # a pipe would be waited for
+        raise ConfigError(f"`{file.parent}` lacks {file.name}: expected a file. Use another checkpoint.")
+    return embedding_config(file, overrides)
 
 
 def embedding_config(file: Path, overrides: Sequence[str] = ()) -> Config:
@@ -154,6 +171,7 @@ def evaluate_checkpoint(
     tars: TarSets | None = None,
     save_to: Path | None = None,
     progress_bars: bool = False,
+    trust_components: bool = False,
 ) -> dict[str, Any]:
     """Metrics of a checkpoint as a row (see `gcahng.training.evaluation.as_row`), by this process alone.
 
@@ -163,12 +181,14 @@ def evaluate_checkpoint(
         tars: Plain WebDataset tars to evaluate in place of data.dir.
         save_to: Write the embeddings to this file, see `gcahng.training.saved_embeddings.save_embeddings`.
         progress_bars: Show a bar.
+        trust_components: See `load_metric_model`.
     Raises:
-        ConfigError: There is no checkpoint, it does not fit, or a k exceeds what a query can find.
+        ConfigError: There is no checkpoint, it does not fit or needs `trust_components`, or a k exceeds what a query
+            can find.
         DataError: Checkpoint or data are damaged, or the split cannot be evaluated.
     """
     started = Launched(ONE, choose_device(evaluation_config(path, overrides).train.device), "plain")
-    model = CheckpointModel(path)
+    model = CheckpointModel(path, trust_components)
     return as_row(evaluation_of(model, overrides, started, tars=tars, save_to=save_to, progress_bars=progress_bars))
 
 

@@ -13,10 +13,11 @@ import torch
 from gcahng.distributed import Ranks
 from gcahng.distributed.agreement import agreed
 from gcahng.monitor.endpoint import Endpoint, open_endpoint
-from gcahng.monitor.metrics import Labelled, Metrics, require_client
+from gcahng.monitor.metrics import Labelled, Metrics
 from gcahng.monitor.process_facts import resident_memory_bytes
 from gcahng.monitor.specs import SIGNALS
 from gcahng.monitor.textfile import Textfile
+from gcahng.training.collapse_warning import class_directions
 from gcahng.training.config import Config
 from gcahng.training.observers import RunFacts, RunObserver
 from gcahng.training.output_files import check_output
@@ -30,13 +31,12 @@ _SPLIT_VALUES = ("map_at_r", "r_precision")
 def metrics_observers(config: Config, ranks: Ranks) -> list[RunObserver]:
     """The observer that exports this rank's metrics, if the configuration asks for one; all ranks call it.
 
+    That prometheus_client is there has been checked before (`gcahng.training.preflight`).
+
     Raises:
-        ConfigError: prometheus_client is missing, or the text file cannot be written.
+        ConfigError: The text file cannot be written.
     """
     monitor = config.monitor
-    for setting in ("port", "textfile"):
-        if getattr(monitor, setting) is not None:  # on all ranks alike: none may stop alone
-            require_client(f"monitor.{setting}")
     if monitor.textfile is not None:
         path = Path(monitor.textfile)
         agreed(ranks, lambda: check_output("monitor.textfile", path) if ranks.first else None)
@@ -66,6 +66,7 @@ class MetricsObserver(RunObserver):
         self._set("last_checkpoint_timestamp_seconds", time.time())
         self._set("planned_steps", facts.steps_per_epoch * facts.config.train.epochs)
         self._set("planned_epochs", facts.config.train.epochs)
+        self._set("class_directions", class_directions(facts.config))
         self._evaluation(None)
         self._stand(progress)
         if monitor.port is not None and (first or monitor.each_rank):

@@ -124,7 +124,7 @@ def make_observers(config: Config, ranks: Ranks) -> Observers:
     """The observers that a configuration asks for, on this rank; all ranks call it.
 
     Raises:
-        ConfigError: What one of them needs is missing.
+        ConfigError: A file that one of them writes cannot be written.
     """
     # These build on what stands above.
     from gcahng.training.collapse_warning import CollapseWarning

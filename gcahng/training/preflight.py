@@ -4,6 +4,7 @@ The schema's own faults are found when a configuration is read; here it is files
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from gcahng.components import is_component_path, load_component
@@ -11,6 +12,7 @@ from gcahng.data.shards.reader import load_manifest
 from gcahng.errors import ConfigError, InputError
 from gcahng.graph.backends import require_backend
 from gcahng.models import check_backbone_name
+from gcahng.monitor.metrics import require_client
 from gcahng.training import checkpoint
 from gcahng.training.config import Config
 from gcahng.training.data_setup import data_store
@@ -46,6 +48,9 @@ def _checks(config: Config, starts_anew: bool) -> Iterator[Callable[[], object]]
     yield lambda: choose_device(config.train.device)
     if config.graph.enabled:
         yield lambda: _graph_backend(config)
+    for setting in ("port", "textfile"):
+        if getattr(config.monitor, setting) is not None:
+            yield partial(require_client, f"monitor.{setting}")
     yield lambda: check_loss_name("loss.metric", config.loss.metric)
     yield lambda: check_loss_name("loss.miner", config.loss.miner)
     own = [config.batch.sampler]

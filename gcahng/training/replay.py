@@ -30,6 +30,7 @@ from gcahng.training.parts import build_modules, step_settings
 from gcahng.training.step import CLASSIFIER, GENERATION, METRIC, TrainingStep
 from gcahng.training.step_dump import CONFIG, Fault, StepDump, read_dump
 from gcahng.training.step_runner import model_seed
+from gcahng.training.trusted import check_components
 
 
 @dataclass
@@ -124,16 +125,20 @@ class _StillBackend(PlainBackend):
                     self._found.bad_gradients.append(f"{part}.{name}")
 
 
-def replay(folder: Path, *, device: str | None = None, precision: str | None = None) -> Replayed:
+def replay(
+    folder: Path, *, device: str | None = None, precision: str | None = None, trust_components: bool = False
+) -> Replayed:
     """Repeat the failing pass of a dump.
 
     Args:
         folder: RUN/faults/step-N.
         device: "cpu" or "cuda"; by default the run's, or the CPU where there is no CUDA.
         precision: "fp32", "bf16" or "fp16"; by default the run's.
+        trust_components: Run code from outside this library, if its configuration names some.
     Raises:
         DataError: The dump is damaged.
-        ConfigError: Its parts cannot be built here, or the precision does not go with the device.
+        ConfigError: Its parts cannot be built here, they need `trust_components`, or the precision does not go with the
+            device.
     """
     dump = read_dump(folder)
     fault = dump.fault
@@ -141,6 +146,7 @@ def replay(folder: Path, *, device: str | None = None, precision: str | None = N
     if where.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("`--device` is cuda, but torch sees no CUDA device. Use cpu.")
     config = embedding_config(folder / CONFIG, ["distributed.shard_classes=false"])
+    check_components(config, folder, trusted=trust_components, whole=True)
     found = Replayed(fault, precision or fault.precision, where)
     modules = _modules(config, dump, torch.device(where), folder)
     found.bad_weights = _bad_weights(modules)

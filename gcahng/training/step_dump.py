@@ -22,6 +22,11 @@ from gcahng.errors import DataError
 FOLDER = "faults"
 FAULT, CONFIG, BATCH = "fault.json", "config.yaml", "batch"
 VERSION = 1
+_CHOICES = {
+    "reach": ("metric", "classifier", "generation"),
+    "precision": ("fp32", "bf16", "fp16"),
+    "device": ("cpu", "cuda"),
+}
 
 log = logging.getLogger(__name__)
 
@@ -135,14 +140,24 @@ def read_dump(folder: Path) -> StepDump:
         lists = ("positions", "keys", "class_counts")
         values |= {key: tuple(values[key]) for key in lists}
         fault = Fault(**values)
+        _check_fault(fault)
         parts = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
         batch = parts.pop(BATCH)
         _check_batch(fault, batch)
         return StepDump(fault, (folder / CONFIG).read_text(encoding="utf-8"), batch, parts)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"The dump `{folder}` is damaged ({error}). It cannot be replayed; use another one.") from error
+
+
+def _check_fault(fault: Fault) -> None:
+    for name, choices in _CHOICES.items():
+        if getattr(fault, name) not in choices:
+            raise ValueError(f"`{name}` must be one of {', '.join(choices)}: got {getattr(fault, name)!r}")
+    for name in ("step", "metric_loss", "generation_loss", "num_training_classes"):
+        if not isinstance(getattr(fault, name), int | float):
+            raise ValueError(f"`{name}` must be a number: got {getattr(fault, name)!r}")
 
 
 def _check_batch(fault: Fault, batch: Mapping[str, Tensor]) -> None:

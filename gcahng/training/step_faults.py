@@ -10,6 +10,7 @@ Letters: B samples of the global batch, W ranks with P_r classes each, K samples
 
 import logging
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from gcahng.data.ranks import rank_sizes
 from gcahng.distributed import Ranks
+from gcahng.distributed.agreement import agreed
 from gcahng.distributed.rows import rows_on_first
 from gcahng.distributed.shard_states import whole_state
 from gcahng.training.averages import EpochAverages
@@ -64,7 +66,9 @@ class StepFaults:
         self._config, self._backend, self._data, self._ranks = config, backend, data, ranks
         self._health = config.health
         self._modules = {name: backend.module(name) for name in PARTS if backend.has(name)}
-        self._begun: deque[BegunStep] = deque(maxlen=MOST_AHEAD + 1)
+        # Where a step's numbers are looked at once, no later finding can be about it.
+        ahead = 0 if backend.checks.gate is None else MOST_AHEAD
+        self._begun: deque[BegunStep] = deque(maxlen=ahead + 1)
 
     def begin(
         self, step: int, images: Tensor, labels: Tensor, rows: Tensor, averages: EpochAverages
@@ -99,13 +103,21 @@ class StepFaults:
             return
         batch = {name: self._of_all(getattr(begun, name)) for name in ("images", "labels", "rows")}
         parts = joined({name: whole_state(module) for name, module in self._modules.items()})
-        if not self._ranks.first:
-            return
+        # The others wait: a rank that left meanwhile would have rank 0 ended.
+        agreed(self._ranks, lambda: self._write(begun, error, batch, parts) if self._ranks.first else None)
+
+    def _write(
+        self,
+        begun: BegunStep,
+        error: NotFinite,
+        batch: Mapping[str, Tensor | None],
+        parts: dict[str, dict[str, Tensor]],
+    ) -> None:
         found = {name: tensor for name, tensor in batch.items() if tensor is not None}
         if error.finding.reach != "metric":
             found |= begun.trace
         fault = self._fault(begun, error, found["rows"])
-        folder = write_dump(run_dir, StepDump(fault, resolved_yaml(self._config), found, parts))
+        folder = write_dump(Path(self._config.run.dir), StepDump(fault, resolved_yaml(self._config), found, parts))
         if folder is not None:
             log.error("Step %d is kept: python launch/replay.py %s", begun.step, folder)
 

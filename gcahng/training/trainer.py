@@ -9,7 +9,6 @@ epochs).
 """
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -39,6 +38,7 @@ from gcahng.training.parts import build_parts, build_step
 from gcahng.training.progress import Progress
 from gcahng.training.pull_hint import PullHint
 from gcahng.training.random_states import seed_generators
+from gcahng.training.results_file import RESULTS_FILE, read_results, write_results, write_whole
 from gcahng.training.run_log import NoLog, RunLog, beside_the_bar
 from gcahng.training.run_saver import RunSaver
 from gcahng.training.run_start import alone, start_run
@@ -51,7 +51,6 @@ from gcahng.training.step_runner import StepRunner
 log = logging.getLogger(__name__)
 each_rank = logging.getLogger(EACH_RANK)
 
-RESULTS_FILE = "results.json"
 SELECTION_NOTE = "chosen on the test classes, as the papers' numbers are"
 
 
@@ -126,8 +125,10 @@ class Trainer:
                 status = "interrupted"
                 raise
             finally:
-                self._saver.settle()
-                self.observers.end(self.progress, status)
+                try:
+                    self._saver.settle()
+                finally:
+                    self.observers.end(self.progress, status)
         return results
 
     @property
@@ -144,16 +145,20 @@ class Trainer:
         """Prepare the run folder; its log goes on where the checkpoint was saved, or starts anew."""
         if not self.ranks.first:
             return NoLog()
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        if self.overwrite:
-            checkpoint.clear_run(self.run_dir)
-        elif self._resume_from is not None:
-            checkpoint.put_in_order(self.run_dir, self._resume_from)
-        remove_marker(self.run_dir)
-        (self.run_dir / checkpoint.CONFIG).write_text(resolved_yaml(self.config), encoding="utf-8")
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            if self.overwrite:
+                checkpoint.clear_run(self.run_dir)
+            elif self._resume_from is not None:
+                checkpoint.put_in_order(self.run_dir, self._resume_from)
+            remove_marker(self.run_dir)
+            write_whole(self.run_dir / checkpoint.CONFIG, resolved_yaml(self.config))
+        except OSError as error:
+            raise TrainingError(f"{self.run_dir} cannot be written ({error}): make room or repair the disk.") from error
         resumed = None if self._resume_from is None else self.progress.step
-        missed = self._saver.unwritten
-        return RunLog(self.run_dir, from_step=resumed, evaluated=self.progress.evaluated(), unwritten=missed)
+        # Saved behind the last batch of an epoch: what was evaluated at that step came later, and was not saved.
+        evaluated = self.progress.evaluated() and not self.progress.batch
+        return RunLog(self.run_dir, from_step=resumed, evaluated=evaluated, unwritten=self._saver.unwritten)
 
     def _leave_marker(self, error: Interrupted) -> None:
         if self.ranks.first:
@@ -344,10 +349,10 @@ class Trainer:
         path = self.run_dir / RESULTS_FILE
         seconds = self.ranks.host_max([self._clock.steady() or 0.0])[0] if self._clock else None
         peak_memory = int(self.ranks.host_max([peak_memory_bytes(self.device)])[0])
-        # Resumed after its end: keep what was measured then. Asked of rank 0, before it may write the file.
-        if not self._clock and self.ranks.all_of(path.is_file())[0]:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if found["steps"] == self.progress.step:
+        # Resumed after its end: keep what was measured then. Rank 0 reads, before it may write the file.
+        if not self._clock:
+            found = self.ranks.all_of(read_results(path) if self.ranks.first else {})[0]
+            if found.get("steps") == self.progress.step:
                 return found
         best_test = self.progress.best.get("test")
         results = {
@@ -361,17 +366,5 @@ class Trainer:
             "seconds_per_step": seconds,
             "peak_memory_bytes": peak_memory,
         }
-        agreed(self.ranks, lambda: _write_results(path, results) if self.ranks.first else None)
+        agreed(self.ranks, lambda: write_results(path, results) if self.ranks.first else None)
         return results
-
-
-def _write_results(path: Path, results: Mapping[str, Any]) -> None:
-    temporary = path.with_suffix(".partial")
-    try:
-        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise TrainingError(
-            f"{path} cannot be written ({error}), but training has ended and its last checkpoint is whole. Make room, "
-            "then start the run again with train.resume=auto: it writes the file and ends."
-        ) from error

@@ -85,7 +85,7 @@ def test_killed_ranks_go_on_to_the_same_bits(killed: Path, shards: Path, tmp_pat
     assert_same_run(tmp_path / "cut", killed / "whole")
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.full)])
 def test_another_number_of_ranks_sees_the_same_samples(killed: Path, shards: Path, tmp_path, size: int) -> None:
     shutil.copytree(killed / "cut", tmp_path / "cut", symlinks=True)
     assert train_in_processes(shards, tmp_path / "cut", LOCAL, size=size) == [0] * size
@@ -99,11 +99,11 @@ def test_another_number_of_ranks_sees_the_same_samples(killed: Path, shards: Pat
 def test_killed_anywhere_ranks_go_on_to_the_same_bits(killed: Path, shards: Path, tmp_path, place: str) -> None:
     met = json.loads((killed / "met.json").read_text())
     for dying in (0, 1) if "write" not in place and "rename" not in place else (0,):
-        death = Death(place, max(1, met[place] * 2 // 3))
-        statuses = train_in_processes(shards, tmp_path / "cut", LOCAL, size=SIZE, death=death, dying=dying)
+        death, cut = Death(place, max(1, met[place] * 2 // 3)), tmp_path / f"rank {dying} dies"
+        statuses = train_in_processes(shards, cut, LOCAL, size=SIZE, death=death, dying=dying)
         assert statuses[dying] == -signal.SIGKILL
-    assert train_in_processes(shards, tmp_path / "cut", LOCAL, size=SIZE) == [0, 0]
-    assert_same_run(tmp_path / "cut", killed / "whole")
+        assert train_in_processes(shards, cut, LOCAL, size=SIZE) == [0, 0]
+        assert_same_run(cut, killed / "whole")
 
 
 @pytest.fixture(

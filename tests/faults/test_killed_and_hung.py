@@ -103,11 +103,11 @@ def test_workers_of_a_killed_process_end(shards: Path, tmp_path: Path) -> None:
     [
         (
             signal.SIGKILL,
-            r"oader worker process (\d+ )?was killed \((Killed|\w+Error)\), most likely for want of memory",
+            r"oader worker process (\d+ )?(was killed \((Killed|\w+Error)\)|ended), most likely for want of memory",
         ),
         (
             signal.SIGBUS,
-            r"was killed \(Bus error\), .*: of /dev/shm \d+ MiB of \d+ are free|was killed \(\w+Error\), most",
+            r"was killed \(Bus error\), .*: of /dev/shm \d+ MiB of \d+ are free|(was killed \(\w+Error\)|ended), most",
         ),
     ],
 )

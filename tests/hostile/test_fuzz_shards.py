@@ -47,7 +47,7 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-@many(3000)
+@many(2000)
 def test_manifest(copy: Path, examples: int, record_property: Record) -> None:
     tree = json.loads((copy / "manifest.json").read_text())
 
@@ -59,7 +59,7 @@ def test_manifest(copy: Path, examples: int, record_property: Record) -> None:
     assert tally.tried >= examples and 0 < tally.refused < tally.tried
 
 
-@many(1200)
+@many(800)
 def test_folder_with_another_manifest(copy: Path, examples: int, record_property: Record) -> None:
     """All that opens a folder and looks at it: what is accepted must be readable, or refused when it is read."""
     tree = json.loads((copy / "manifest.json").read_text())
@@ -84,7 +84,7 @@ def read_all(folder: Path) -> None:
     assert all(0 <= info.class_id < len(shards.classes) for info in shards.classes)
 
 
-@many(2000)
+@many(1500)
 def test_class_list(copy: Path, examples: int, record_property: Record) -> None:
     file = Manifest.load(copy).classes
     rows = [json.loads(line) for line in (copy / file.name).read_bytes().splitlines()]
@@ -100,7 +100,7 @@ def test_class_list(copy: Path, examples: int, record_property: Record) -> None:
     assert fuzz("class list", examples, read, record_property).refused
 
 
-@many(2500)
+@many(1500)
 def test_index(copy: Path, examples: int, record_property: Record) -> None:
     shard = Manifest.load(copy).shards[0]
     table = np.load(copy / shard.index_name)
@@ -124,7 +124,7 @@ def changed_index(draw: Random, table: np.ndarray) -> bytes:
     return mutate_bytes(draw, content) if draw.randint(0, 1) else content
 
 
-@many(600)
+@many(300)
 def test_shards(copy: Path, examples: int, record_property: Record) -> None:
     """Other bytes in tar and index, with checksums that say so: the reader, and `shards.verify`."""
     manifest = Manifest.load(copy)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,29 @@ def test_tags_of_yaml(tmp_path: Path, ran: Path, value: str) -> None:
     with pytest.raises(ConfigError):
         load_config(tmp_path / "config.yaml", [f"seed={value.format(ran)}"])
     assert not ran.exists()
+
+
+def test_what_torch_would_unpack_without_end(tmp_path: Path) -> None:
+    """torch reads compressed members, and one member under many names; it writes neither."""
+    torch.save({"param_groups": [], "state": torch.zeros(1 << 20)}, tmp_path / "whole.pt")
+    packed, manifold = tmp_path / "optimizer-graph.pt", tmp_path / "manifold.pth"
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole:
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            for member in whole.infolist():
+                archive.writestr(member.filename, whole.read(member))
+        shutil.copy(tmp_path / "whole.pt", manifold)
+        with zipfile.ZipFile(manifold, "a") as archive:
+            (data,) = (member for member in archive.infolist() if member.filename.endswith("/data/0"))
+            archive.filelist += [data] * 3
+            archive._didModify = True  # type: ignore[attr-defined]
+    assert packed.stat().st_size < 1 << 16
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
+    with pytest.raises(DataError, match=r"cannot be read \(ValueError: its \d+ bytes unpack to \d{7}: expected"):
+        checkpoint.read_optimizer(tmp_path, "graph", optimizer)
+    for file in (packed.rename(tmp_path / "packed.pth"), manifold):
+        for read in (lambda: read_state_dict(file, "model.weights"), lambda: read_released(file)):  # noqa: B023
+            with pytest.raises(ConfigError, match=r"bytes unpack to \d{7,8}: expected a file as torch.save writes it"):
+                read()
 
 
 def test_files_of_a_checkpoint_lie_in_its_folder(tmp_path: Path) -> None:

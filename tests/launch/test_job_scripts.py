@@ -25,9 +25,10 @@ printf "%s\\n" "$@" "threads $OMP_NUM_THREADS"
 while [[ -n "${{WAITS:-}}" && ! -e "$WAITS" ]]; do sleep 0.05; done
 exit "${{ENDS:-0}}"
 """
-# A job is requeued where the file `refused` is not there.
+# A job is requeued where the file `refused` is not there; what SLURM says of it is in the file `state`.
 SCONTROL = """#!/usr/bin/env bash
 [[ "$*" == "show hostnames n[7-8]" ]] && printf "n7\\nn8\\n" && exit
+[[ "$1 $2" == "show job" ]] && cat {folder}/state && exit
 echo "$*" >>{folder}/asked
 [[ ! -e {folder}/refused ]]
 """
@@ -94,6 +95,7 @@ def job(tmp_path: Path) -> Job:
         filled = text if name == "srun" else text.format(python=sys.executable, run=tmp_path / "run", folder=tmp_path)
         (tmp_path / name).write_text(filled)
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "state").write_text("JobState=RUNNING Reason=None\n")
     found = Job(tmp_path)
     settings = {"data": {"dir": "data"}, "run": {"dir": str(found.run_dir)}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
@@ -205,7 +207,7 @@ def test_an_interrupted_job_is_requeued_as_long_as_it_gets_on(job: Job) -> None:
     assert (job.run_dir / "slurm" / "40003.requeued").read_text().split() == [*"0707099"]
 
 
-@pytest.mark.parametrize("leaves", [None, left(5, job="40002"), left(5, restarts=1), "{not JSON", '{"step": 5}'])
+@pytest.mark.parametrize("leaves", [None, left(5, job="40002"), left(5, restarts=1), "{not JSON", "[5]", '{"step": 5}'])
 def test_otherwise_a_job_ends_as_srun_did(job: Job, leaves: str | None) -> None:
     """Without a marker, or with one that another job or an earlier start has left, or that is no marker."""
     job.run_dir.mkdir()
@@ -215,6 +217,17 @@ def test_otherwise_a_job_ends_as_srun_did(job: Job, leaves: str | None) -> None:
         done = job.submit("train.sh", job.config, ENDS=ends)
         assert (done.returncode, job.asked()) == (int(ends), []), done.stderr
         assert "requeued" not in done.stdout
+
+
+@pytest.mark.parametrize("why", ["None", "TimeLimit"])
+def test_a_job_that_was_cancelled_is_left_so(job: Job, why: str) -> None:
+    """Its processes are signalled too, and save. One that ran out of time goes on."""
+    (job.folder / "state").write_text(f"   JobState=COMPLETING Reason={why} Dependency=(null)\n")
+    done = job.submit("train.sh", job.config, LEAVES=left(5), ENDS="1")
+    if why == "TimeLimit":
+        assert (done.returncode, job.asked()) == (0, ["requeue 40003"]), done.stderr
+    else:
+        assert (done.returncode, job.asked()) == (1, []) and "it was cancelled or requeued" in done.stdout
 
 
 def test_a_task_of_an_array_is_requeued_by_its_own_name(job: Job) -> None:

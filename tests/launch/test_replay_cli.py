@@ -22,7 +22,7 @@ def dump(launch_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_step_that_fails_again(command_line, dump: Path) -> None:
-    ended = command_line("replay.py", dump)
+    ended = command_line("replay.py", dump, "--trust-components")
     assert ended.status == 1 and ended.err == ""
     said = ended.out.splitlines()
     assert said[0].startswith("The run: Step 0: The metric loss is inf; no parameter was moved")
@@ -33,7 +33,7 @@ def test_a_step_that_fails_again(command_line, dump: Path) -> None:
 
 
 def test_as_one_object(command_line, dump: Path) -> None:
-    ended = command_line("replay.py", dump, "--json", "--precision", "bf16", "--device", "cpu")
+    ended = command_line("replay.py", dump, "--trust-components", "--json", "--precision", "bf16", "--device", "cpu")
     found = json.loads(ended.out)
     assert ended.status == 1 and found["reproduced"] is True
     assert (found["precision"], found["losses"]["total_loss"], found["bad_module"]) == ("bf16", "inf", "metric_loss")

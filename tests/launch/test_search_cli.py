@@ -138,14 +138,16 @@ def test_an_index_alone_makes_nobody_run_code(
     monkeypatch.syspath_prepend(tmp_path)
     own = {"model.backbone": "own_backbone:network", "model.backbone_args": {}, "train.max_steps_per_epoch": 1}
     train(launch_shards, tmp_path / "run", own)
-    embed_checkpoint(tmp_path / "run" / "last", IndexTarget(tmp_path / "index"), ALONE)
+    embed_checkpoint(tmp_path / "run" / "last", IndexTarget(tmp_path / "index"), ALONE, trust_components=True)
     monkeypatch.delitem(sys.modules, "own_backbone")
     (tmp_path / "ran").unlink()
     ended = command_line("search.py", tmp_path / "index", queries[0], "--k", 1)
     assert ended.status == 2 and ended.out == "" and not (tmp_path / "ran").exists()
     assert "`model.backbone` 'own_backbone:network'" in ended.err
-    checkpoint = ended.err.rsplit("name it: ", 1)[1].split()
-    ended = command_line("search.py", tmp_path / "index", queries[0], "--k", 1, *checkpoint)
+    named = ("--checkpoint", tmp_path / "run" / "last")
+    ended = command_line("search.py", tmp_path / "index", queries[0], "--k", 1, *named)
+    assert ended.status == 2 and not (tmp_path / "ran").exists(), "naming it is no word about its code"
+    ended = command_line("search.py", tmp_path / "index", queries[0], "--k", 1, "--trust-components")
     assert ended.status == 0 and (tmp_path / "ran").exists(), ended.err
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from gcahng.monitor.specs import SPECS
+from gcahng.training.collapse_warning import FIRST_STEP, SMALLEST_RANK_SHARE, SMALLEST_STD
 
 ROOT = Path(__file__).parents[2]
 OPS, UNIT_TESTS = ROOT / "ops", Path(__file__).with_name("alerts_test.yml")
@@ -71,6 +72,14 @@ def test_each_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not() 
             if {alert["exp_labels"]["instance"] for alert in alerts} < instances or not alerts:
                 silent.add(check["alertname"])
     assert fires == silent == wanted
+
+
+def test_the_alert_of_a_collapse_has_the_numbers_of_the_warning() -> None:
+    (rule,) = [rule for rule in rules() if rule["alert"] == "GcahngCollapse"]
+    expression = " ".join(rule["expr"].split())
+    assert f"gcahng_embedding_std < {SMALLEST_STD})" in expression
+    assert f"gcahng_effective_rank < {SMALLEST_RANK_SHARE} * gcahng_class_directions)" in expression
+    assert f"gcahng_step >= {FIRST_STEP})" in expression
 
 
 def test_alerts_and_dashboard_use_metrics_that_exist() -> None:

@@ -185,6 +185,25 @@ def test_rows_that_are_not_there(tmp_path: Path) -> None:
         store.embeddings(3, 12)
 
 
+def test_parquet_of_texts_that_are_none(tmp_path: Path) -> None:
+    """Arrow itself would hand them out, and Python fail at them."""
+    import pyarrow
+    import pyarrow.parquet
+
+    key, text = pyarrow.array(["ab"]), pyarrow.array(["x"])
+    damaged = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, key.buffers()[1], pyarrow.py_buffer(b"\x80b")])
+    vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array([1.0, 2.0], pyarrow.float32()), 2)
+    for keys in (key, damaged):
+        columns = {"key": keys, "shard": text, "label": pyarrow.array([0]), "class_name": text, "embedding": vectors}
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+        store = EmbeddingStore.open(tmp_path / "a.parquet")
+        if keys is key:
+            assert store.row(0).key == "ab"
+        else:
+            with pytest.raises(DataError, match=r"row group 0 is damaged .*UTF8"):
+                store.row(0)
+
+
 def test_wrong_parquet(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet

@@ -95,6 +95,18 @@ def test_a_job_that_hits_its_limit_is_saved_requeued_and_completes(site: Site) -
     assert_same_run(run_dir, whole)
 
 
+def test_a_job_that_is_cancelled_stays_so(site: Site) -> None:
+    """Its processes are signalled too, and save; the script lets it end."""
+    run_dir, go = site.folder / "cancelled", site.folder / "go-cancelled"
+    settings = slow_settings(site, run_dir, go, 0.5)
+    job, out = site.submit("slurm/train.sh", "configs/demo.yaml", *settings, PYTHONPATH=str(site.folder))
+    until(site, job, out, "the first step", lambda: stepped(run_dir))
+    site.cluster.ask("scancel", job)
+    state = site.cluster.wait(job, LIMIT_S)
+    assert state == "CANCELLED", site.said(job, out)
+    assert (run_dir / str(marker(run_dir)["checkpoint"])).is_dir()
+
+
 def test_a_task_of_an_array_comes_back_after_usr1_and_after_a_requeue(site: Site) -> None:
     """One process without launcher; the second time SLURM requeues it, and the marker is left for nobody."""
     run_dir, whole, go = site.folder / "seeded" / "seed-3", site.folder / "undisturbed", site.folder / "go-seeded"

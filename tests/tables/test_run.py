@@ -44,6 +44,26 @@ def test_a_failure_keeps_no_other_from_running(tiny: Tiny) -> None:
     assert said[3].startswith("  done in 0 s: ") and "cannot be read" in said[3], "a launcher that runs nothing"
 
 
+@pytest.mark.parametrize(("status", "marked"), [(75, False), (1, True)])
+def test_an_interrupted_run_is_no_failure(tiny: Tiny, status: int, marked: bool) -> None:
+    """Launchers make 1 of its status; its marker says it then, if it is not an older one."""
+    (run,) = missing_runs([collect(tiny.plan(out=tiny.folder / "new", seeds=[0], rows=["Baseline"]), [])])
+    folder, said = run.run.folder, list[str]()
+    folder.mkdir(parents=True)
+    mark = f"open({str(folder / 'PREEMPTED')!r}, 'w').close()" if marked else ""
+    assert run_missing([run], [sys.executable, "-c", f"{mark}\nraise SystemExit({status})"], said.append) == [run]
+    assert said[1] == "  INTERRUPTED by a signal: the next start goes on with it"
+    run_missing([run], [sys.executable, "-c", "raise SystemExit(1)"], said.append)
+    assert said[3].startswith("  FAILED with status 1")
+
+
+def test_a_log_that_is_a_folder_is_one_error(tiny: Tiny) -> None:
+    (run,) = missing_runs([collect(tiny.plan(out=tiny.folder / "new", seeds=[0], rows=["Baseline"]), [])])
+    log_file(run.run.folder).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"goes to .*\.log, which cannot be written \(Is a directory\).* --out"):
+        run_missing([run], [sys.executable, "-c", "raise SystemExit(0)"], lambda _: None)
+
+
 def test_a_run_that_another_process_holds_is_left_to_it(tiny: Tiny) -> None:
     runs = missing_runs([collect(tiny.plan(), [tiny.runs])])
     said: list[str] = []
@@ -101,7 +121,7 @@ def test_the_command_goes_on_with_an_interrupted_run_and_collects(
     status, printed = command("run", "--seeds", 0)
     assert status == 0, printed
     assert printed.startswith(f"[1/1] Baseline + GNN on folder, seed 0 -> {begun}\n  done in ")
-    assert "R@1 " in printed and printed.endswith("1 missing runs, 0 failed\n")
+    assert "R@1 " in printed and printed.endswith("1 missing runs, 0 failed or interrupted\n")
     assert (begun / "last").resolve() == checkpoint and "Resumed from" in log_file(begun).read_text()
     assert command("run", "--seeds", 0) == (0, "nothing is missing\n")
     files = ["--json", tiny.folder / "t.json", "--markdown", tiny.folder / "t.md"]

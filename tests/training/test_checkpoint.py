@@ -192,6 +192,29 @@ def test_old_checkpoints_go_and_linked_ones_stay(tmp_path) -> None:
     assert (tmp_path / "step-10").is_dir()
 
 
+def refused(*_: object, **__: object) -> None:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_what_cannot_be_removed_does_not_fail_a_save(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS keeps the files that somebody still reads."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", refused)
+        checkpoint.prune(tmp_path, 1)
+    assert [f.name for f in checkpoint.checkpoints(tmp_path)] == ["step-2"]
+    save(tmp_path, 3)
+    assert sorted(f.name for f in tmp_path.glob("step-*")) == ["step-2", "step-3"]
+
+
+def test_a_file_that_the_disk_does_not_give_back_is_damaged(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint.hashlib, "file_digest", refused)
+    with pytest.raises(DataError, match=r"step-1/.* is unreadable \(.*Input/output error\)\. Use another"):
+        checkpoint.verify(folder)
+
+
 def test_the_newest_checkpoint_is_the_newest_whole_one(tmp_path) -> None:
     assert checkpoint.newest_checkpoint(tmp_path / "absent") is None
     for step in (9, 10):

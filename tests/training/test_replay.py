@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from gcahng.errors import ConfigError, DataError, TrainingError
 from gcahng.training import finite_checks, step_dump
+from gcahng.training import replay as replay_module
 from gcahng.training import trainer as trainer_module
 from gcahng.training.parts import build_parts, build_step
-from gcahng.training.replay import replay
 from gcahng.training.step_dump import read_dump
 
+# Of components of these tests.
+replay = partial(replay_module.replay, trust_components=True)
 BASELINE = {"graph.enabled": False, "generation.enabled": False}
 
 
@@ -123,7 +126,9 @@ def test_a_later_pass_begins_with_its_embeddings(shards: Path, tmp_path: Path, m
 
 
 def test_a_dump_of_two_ranks_is_of_the_global_batch(shards: Path, tmp_path: Path) -> None:
-    keys, before, batch = run_ranks(2, dumped_over_ranks, shards, tmp_path / "run")[0]
+    found_by = run_ranks(2, dumped_over_ranks, shards, tmp_path / "run")
+    keys, before, batch, _ = found_by[0]
+    assert all(written for *_, written in found_by)  # a rank that ended early would take rank 0 with it
     dump = read_dump(tmp_path / "run" / "faults" / "step-1")
     assert list(dump.fault.keys) == keys and dump.fault.class_counts == (2, 2)
     assert torch.equal(dump.batch["images"], batch["images"]) and dump.batch["images"].dtype == torch.uint8
@@ -217,6 +222,11 @@ def test_what_is_no_dump_is_refused(shards: Path, tmp_path: Path) -> None:
         ({"version": 9}, "is of version 9: expected 1"),
         ({"keys": text["keys"][:3]}, r"`images` must have 3 rows: got \(8, 3, 16, 16\)"),
         ({"positions": None}, "is damaged"),
+        ({"reach": "nowhere"}, "`reach` must be one of metric, classifier, generation: got 'nowhere'"),
+        ({"precision": "fp8"}, "`precision` must be one of fp32, bf16, fp16: got 'fp8'"),
+        ({"device": "there"}, "`device` must be one of cpu, cuda: got 'there'"),
+        ({"step": "2"}, "`step` must be a number: got '2'"),
+        ({"metric_loss": None}, "`metric_loss` must be a number: got None"),
     ):
         (folder / "fault.json").write_text(json.dumps(text | change))
         with pytest.raises(DataError, match=message):

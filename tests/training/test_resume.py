@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from run_cases import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gcahng.errors import ConfigError, DataError
+from gcahng.errors import ConfigError, DataError, Interrupted
 from gcahng.training import checkpoint
 from gcahng.training import trainer as trainer_module
 from gcahng.training.resume import FREE, check_resumable
+from gcahng.training.run_saver import RunSaver
 from gcahng.training.trainer import Trainer
 
 # Everything that has a state: warm-up, proxies, three kinds of schedule, validation, epoch averages.
@@ -138,6 +141,55 @@ def test_a_finished_run_stays_as_it_is(shards, tmp_path, undisturbed) -> None:
     # Nothing was measured now; what was measured then stays.
     assert results == json.loads((undisturbed / "results.json").read_text())
     assert results["steps"] == 12 and results["seconds_per_step"] > 0
+
+
+@pytest.mark.parametrize("content", ['{"steps": 1', "[12]", "{}"])
+def test_damaged_results_of_a_finished_run_are_written_again(shards, tmp_path, undisturbed, content: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run, symlinks=True)
+    (run / "results.json").write_text(content)
+    train(shards, run, WHOLE | AUTO)
+    assert_same_run(run, undisturbed)
+
+
+def test_evaluations_behind_a_save_of_the_last_batch_are_made_again_once(
+    shards, tmp_path, undisturbed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked to end in the last step of epoch 2; the next start was killed in the save of what it had evaluated."""
+    run = tmp_path / "run"
+    trainer = make_trainer(shards, run, WHOLE)
+    step = trainer.steps.step
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["step"] == 7:
+            trainer.interruption.signals.received = int(signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    trainer.steps.step = signalled
+    with pytest.raises(Interrupted):
+        trainer.run()
+    stands = read_state(run)["progress"]
+    assert (stands["epoch"], stands["batch"], stands["step"]) == (1, 4, 8)
+    with monkeypatch.context() as patched:
+        patched.setattr(RunSaver, "save", lambda *_, **__: None)  # it is not written yet
+        again = make_trainer(shards, run, WHOLE | AUTO)
+        patched.setattr(again, "_train_epoch", interrupted_in_epoch_3(again))
+        with pytest.raises(Interruption):
+            again.run()
+    assert [row["step"] for row in read_metrics(run) if row["kind"] == "evaluation"] == [4, 4, 8, 8]
+    train(shards, run, WHOLE | AUTO)
+    assert_same_run(run, undisturbed)
+
+
+def interrupted_in_epoch_3(trainer: Trainer) -> Callable[..., None]:
+    whole = trainer._train_epoch
+
+    def train_epoch(epoch: int, *args: Any) -> None:
+        if epoch == 2:
+            raise Interruption
+        whole(epoch, *args)
+
+    return train_epoch
 
 
 def test_a_run_may_get_more_epochs_where_no_schedule_depends_on_them(shards, tmp_path) -> None:

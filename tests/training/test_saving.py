@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,6 +193,40 @@ def test_a_run_whose_last_save_failed_ends_with_an_error_and_can_go_on(
     make_room(disk)
     train(shards, run, SETTINGS)
     assert_same_run(run, undisturbed)
+
+
+def test_a_run_that_cannot_prepare_its_folder_says_so_and_keeps_it(shards, disk: Path, undisturbed: Path) -> None:
+    run = disk / "run"
+    shutil.copytree(undisturbed, run, symlinks=True)
+    before = (run / "config.yaml").read_text()
+    fill(disk)
+    with pytest.raises(TrainingError, match=r"run cannot be written \(.*No space left on device"):
+        train(shards, run, SETTINGS)
+    assert (run / "config.yaml").read_text() == before
+    make_room(disk)
+    train(shards, run, SETTINGS)
+    assert_same_run(run, undisturbed)
+
+
+def test_observers_hear_of_the_end_whatever_the_writer_met(shards, tmp_path) -> None:
+    def first() -> None:
+        raise ZeroDivisionError("no disk's fault")
+
+    def killed() -> None:
+        raise Killed
+
+    trainer = make_trainer(shards, tmp_path / "run", SETTINGS)
+    save = trainer._saver.save
+
+    def save_and_die(*arguments: Any, **options: Any) -> None:
+        trainer._saver._writer._first = first
+        save(*arguments, **options)
+        killed()
+
+    trainer._saver.save = save_and_die  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        trainer.run()
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
 
 
 def test_rows_that_wait_are_in_the_checkpoint(shards, tmp_path, undisturbed: Path, monkeypatch) -> None:

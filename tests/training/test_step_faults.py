@@ -2,6 +2,8 @@
 
 import json
 import logging
+import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ from run_cases import assert_same_tensors, make_trainer, read_metrics, read_stat
 from torch import Tensor, nn
 
 from gcahng.errors import TrainingError
+from gcahng.training import finite_checks
+from gcahng.training import trainer as trainer_module
 from gcahng.training.kept_state import KeptState
 from gcahng.training.make_backend import make_backend
 from gcahng.training.observers import RunObserver
+from gcahng.training.parts import build_parts, build_step
 from gcahng.training.progress import Progress
 from gcahng.training.run_start import alone
 from gcahng.training.trainer import Trainer
@@ -170,6 +175,24 @@ def test_steps_that_may_be_left_out_are_checked_at_once(shards: Path, tmp_path: 
         trainer = make_trainer(shards, tmp_path / str(skip), {"health.skip_non_finite": skip})
         backend = make_backend(trainer.config, trainer.parts, alone(trainer.config), deferred_checks=True)
         assert (backend.checks.gate is None) == bool(skip)
+
+
+@pytest.mark.parametrize(("deferred", "kept"), [(False, 1), (True, 3)])
+def test_no_batch_is_kept_longer_than_a_finding_may_be_about_it(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deferred: bool, kept: int
+) -> None:
+    monkeypatch.setattr(trainer_module, "build_step", partial(build_step, deferred_checks=deferred))
+    monkeypatch.setattr(trainer_module, "build_parts", partial(build_parts, fused=deferred))
+    run = Driven.of(shards, tmp_path / "run", {"health.skip_non_finite": 0})
+    monkeypatch.setattr(finite_checks._Arrival, "arrived", False)
+    batches = list(run.trainer.loader.epoch_iterator(0))
+    alive = []
+    for step, batch in enumerate(batches):
+        images = batch.images.clone()
+        alive.append(weakref.ref(images))
+        run.trainer.steps.run(images, batch.labels, batch.rows, step, None, 0)
+        del images
+    assert len(batches) > 3 and sum(images() is not None for images in alive) == kept
 
 
 class Odd(nn.Module):
