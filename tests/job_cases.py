@@ -91,7 +91,9 @@ class Job:
             status = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"no end within {seconds} s:\n{self._err.read_text()}") from None
-        return Ended(status, self._out.read_text(), self._err.read_text(), time.monotonic() - self._fault_at)
+        seconds = time.monotonic() - self._fault_at
+        # torch's handler of SIGBUS writes a zero behind its line.
+        return Ended(status, self._out.read_text(), self._err.read_text().replace("\0", ""), seconds)
 
     def left(self, seconds: float = SOON_S) -> dict[int, str]:
         """Processes that are there after so many seconds, and what they are."""

@@ -61,6 +61,8 @@ def worker_loader(
         generator=torch.Generator(),  # torch seeds its workers from it, else from the global one
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
+        # Whatever the process's default: children of a fork server would live on when this process is killed.
+        multiprocessing_context="fork" if num_workers and _IS_LINUX else None,
         persistent_workers=keep and num_workers > 0,
         prefetch_factor=_PREFETCH if num_workers else None,
     )

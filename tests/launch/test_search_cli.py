@@ -143,7 +143,7 @@ def test_an_index_alone_makes_nobody_run_code(
     (tmp_path / "ran").unlink()
     ended = command_line("search.py", tmp_path / "index", queries[0], "--k", 1)
     assert ended.status == 2 and ended.out == "" and not (tmp_path / "ran").exists()
-    assert "`model.backbone` 'own_backbone:network'" in ended.err
+    assert "model.backbone 'own_backbone:network'" in ended.err
     named = ("--checkpoint", tmp_path / "run" / "last")
     ended = command_line("search.py", tmp_path / "index", queries[0], "--k", 1, *named)
     assert ended.status == 2 and not (tmp_path / "ran").exists(), "naming it is no word about its code"

@@ -42,6 +42,9 @@ def test_without_prometheus_client_a_run_does_not_begin(
     with pytest.raises(ConfigError, match=rf"`monitor.{setting}` needs the package .* pip install 'gcahng\[monitor\]'"):
         make_trainer(shards, tmp_path / "run", {f"monitor.{setting}": value})
     assert list(tmp_path.iterdir()) == []
+    # Before data is read, and together with all else that is missing.
+    with pytest.raises(ConfigError, match=rf"^2 things are missing:(.|\n)*nowhere(.|\n)*`monitor.{setting}` needs"):
+        make_trainer(tmp_path / "nowhere", tmp_path / "run", {f"monitor.{setting}": value})
 
 
 def test_a_text_file_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Signals of one process: what is noted, when a run ends by it, what it leaves, and that loader workers live on."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -167,6 +168,23 @@ class Slow:
     def __getitem__(self, request: int) -> int:
         time.sleep(0.2)
         return os.getpid()
+
+
+class Parent:
+    """A data set that answers with its process's parent."""
+
+    def __getitem__(self, request: int) -> int:
+        return os.getppid()
+
+
+def test_workers_are_children_of_the_process_that_they_end_with() -> None:
+    """Also where processes are made otherwise by default: those of a fork server outlive a killed process."""
+    default = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        assert set(worker_loader(Parent(), range(2), 1, False)) == {os.getpid()}
+    finally:
+        multiprocessing.set_start_method(default, force=True)
 
 
 def test_workers_take_no_notice_of_the_signals(tmp_path) -> None:

@@ -83,7 +83,9 @@ def assert_whole(run: Path, whole: Undisturbed, what: str) -> None:
     assert not list(run.glob("*.partial")) and not list(run.glob("*.replaced")), what
 
 
-@pytest.mark.parametrize(("workers", "background"), [(0, True), (1, True), (0, False)])
+@pytest.mark.parametrize(
+    ("workers", "background"), [(1, True), (0, False), pytest.param(0, True, marks=pytest.mark.full)]
+)
 def test_a_run_that_is_killed_at_random_moments_is_the_undisturbed_one(
     undisturbed: Undisturbed, tmp_path, workers: int, background: bool
 ) -> None:
@@ -101,10 +103,11 @@ def test_a_run_that_is_killed_often_is_the_undisturbed_one(undisturbed: Undistur
 
 
 # The moments at which a folder has no name, or two, or half of its files.
-PLACES = ["before rename", "after rename", "before replace", "after symlink_to", "within rmtree", "within write"]
+PLACES = ["after rename", "within rmtree", "within write"]
+OTHER_PLACES = ["before rename", "before replace", "after symlink_to"]
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [*PLACES, *(pytest.param(place, marks=pytest.mark.full) for place in OTHER_PLACES)])
 def test_each_window_of_a_save_can_be_the_last(undisturbed: Undisturbed, tmp_path, place: str) -> None:
     """A late one, when there are checkpoints to be replaced and removed."""
     death = Death(place, undisturbed.met[place] * 3 // 4)
