@@ -56,9 +56,7 @@ def test_what_make_installs_is_pinned_within_its_range(
             assert requirement.specifier.contains(pins[name]), f"{requirement} against {pins[name]}"
 
 
-def test_the_oldest_versions_are_the_lower_bounds(
-    asked: dict[str, list[Requirement]], oldest: dict[str, str]
-) -> None:
+def test_the_oldest_versions_are_the_lower_bounds(asked: dict[str, list[Requirement]], oldest: dict[str, str]) -> None:
     """Of everything that users install; tools of the tests alone may be newer."""
     compared = 0
     for group in asked.keys() - {"test", "scatter"}:
