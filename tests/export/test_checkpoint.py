@@ -175,6 +175,6 @@ def test_a_size_that_the_backbone_refuses(run_dir: Path, tmp_path: Path, monkeyp
     with pytest.raises(InputError, match=r"cannot embed images of 48 x 48 pixels: Backbone `vit_tiny.* refuses"):
         check_image_size(model, torch.zeros(2, 3, 48, 48))
     _, config = load_metric_model(run_dir / "last")
-    monkeypatch.setattr("gcahng.export.checkpoint.load_metric_model", lambda path, overrides: (vit, config))
+    monkeypatch.setattr("gcahng.export.checkpoint.load_metric_model", lambda path, overrides, **options: (vit, config))
     with pytest.raises(InputError, match=r"`--image-size`: the model cannot embed images of 16 x 16 pixels"):
         export_checkpoint(run_dir / "last", tmp_path / "m.onnx", ONNX)
