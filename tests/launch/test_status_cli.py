@@ -107,4 +107,5 @@ def test_it_needs_no_torch_and_can_be_watched(tmp_path) -> None:
         while "step 5" not in lines[-1]:
             lines.append(process.stdout.readline())
         process.send_signal(signal.SIGINT)
-        assert process.stdout.read().splitlines()[-1] == "status 130 light"
+        # It may have been in the middle of a line.
+        assert process.stdout.read().rstrip().endswith("status 130 light")
